@@ -1,0 +1,6 @@
+drop table if exists level_sync.installed_triggers cascade;
+drop table if exists level_sync.pending_pairs cascade;
+drop table if exists level_sync.sync_queue cascade;
+drop table if exists level_sync.sync_events cascade;
+drop table if exists level_sync.sync_log cascade;
+drop table if exists level_sync.settings cascade;

@@ -1,0 +1,65 @@
+-- depends: 0003_create_level_sync_tables
+-- Four foreign keys with ON DELETE RESTRICT forbid orphans. An older one on the same column is replaced in the
+-- same statement, so there is never a moment without one. Existing rows are checked by the next migration,
+-- which does not block writers.
+do $$
+declare
+  wanted record;
+  older  record;
+  drops  text;
+  adds   text;
+begin
+  for wanted in
+    select key.*,
+           key.on_table::pg_catalog.regclass as relation,
+           target.attnum as column_number
+      from (values
+        ('public.specialization_progress', 'student_id',          'public.users',           'fk_specialization_progress_user'),
+        ('public.specialization_progress', 'specialization_id',   'public.specializations', 'fk_specialization_progress_spec'),
+        ('public.user_licenses',           'user_id',             'public.users',           'fk_user_licenses_user'),
+        ('public.user_licenses',           'specialization_type', 'public.specializations', 'fk_user_licenses_spec')
+      ) as key (on_table, on_column, refers_to, name)
+      join pg_catalog.pg_attribute as target
+        on target.attrelid = key.on_table::pg_catalog.regclass and target.attname = key.on_column
+  loop
+    continue when exists (
+      select from pg_catalog.pg_constraint as present
+       where present.conrelid = wanted.relation
+         and present.conname = wanted.name
+         and present.contype = 'f'
+         and present.confrelid = wanted.refers_to::pg_catalog.regclass
+         and present.conkey = array[wanted.column_number]
+         and present.confdeltype = 'r');
+
+    drops := '';
+    for older in
+      select present.conname, pg_catalog.pg_get_constraintdef(present.oid) as definition
+        from pg_catalog.pg_constraint as present
+       where present.conrelid = wanted.relation
+         and present.contype = 'f'
+         and present.confrelid = wanted.refers_to::pg_catalog.regclass
+         and present.conkey = array[wanted.column_number]
+         and present.conparentid = 0
+    loop
+      drops := drops || format('drop constraint %I, ', older.conname);
+      insert into level_sync.application_changes (change, undo_sql)
+      values (format('replaced foreign key %I of %s', older.conname, wanted.relation),
+              format('alter table %s add constraint %I %s', wanted.relation, older.conname, older.definition));
+    end loop;
+
+    adds := format('add constraint %I foreign key (%I) references %s (id) on delete restrict',
+                   wanted.name, wanted.on_column, wanted.refers_to);
+    -- Before PostgreSQL 18 a partitioned table takes no foreign key that is not valid yet.
+    if current_setting('server_version_num')::integer >= 180000
+       or (select relkind from pg_catalog.pg_class where oid = wanted.relation) <> 'p' then
+      adds := adds || ' not valid';
+    end if;
+    execute format('alter table %s ', wanted.relation) || drops || adds;
+
+    -- Undone before the older one comes back: the highest change_id goes first.
+    insert into level_sync.application_changes (change, undo_sql)
+    values (format('added foreign key %I to %s', wanted.name, wanted.relation),
+            format('alter table if exists %s drop constraint if exists %I', wanted.relation, wanted.name));
+  end loop;
+end
+$$;

@@ -1,0 +1,42 @@
+-- Loading a trigger twice changes nothing and takes no lock: a trigger is only made where it is missing or
+-- differs from what was made last time.
+
+create or replace function level_sync._ensure_trigger(relation regclass, trigger_name name, statement text, promise text)
+  returns void
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  present text := (
+    select pg_get_triggerdef(pg_trigger.oid)
+      from pg_trigger
+     where pg_trigger.tgrelid = _ensure_trigger.relation
+       and pg_trigger.tgname = _ensure_trigger.trigger_name
+       and pg_trigger.tgenabled = 'O');
+begin
+  if exists (
+    select from level_sync.installed_triggers as installed
+     where installed.relation = _ensure_trigger.relation
+       and installed.trigger_name = _ensure_trigger.trigger_name
+       and installed.statement = _ensure_trigger.statement
+       and installed.definition = present)
+  then
+    return;
+  end if;
+
+  execute format('drop trigger if exists %I on %s', trigger_name, relation);
+  execute statement;
+  execute format('comment on trigger %I on %s is %L', trigger_name, relation, promise);
+
+  insert into level_sync.installed_triggers as installed (relation, trigger_name, statement, definition)
+  select _ensure_trigger.relation, _ensure_trigger.trigger_name, _ensure_trigger.statement, pg_get_triggerdef(pg_trigger.oid)
+    from pg_trigger
+   where pg_trigger.tgrelid = _ensure_trigger.relation
+     and pg_trigger.tgname = _ensure_trigger.trigger_name
+  on conflict on constraint installed_triggers_pkey do update
+     set statement = excluded.statement, definition = excluded.definition;
+end
+$$;
+
+comment on function level_sync._ensure_trigger(regclass, name, text, text) is
+  'Makes a trigger from its CREATE TRIGGER statement, unless it is there and enabled exactly as made before.';

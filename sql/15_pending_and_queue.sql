@@ -1,0 +1,86 @@
+-- Where a pair waits that could not be carried at once: until the commit of its transaction (pending_pairs), or
+-- until a drain (sync_queue). Only the pair and the side that was written are kept, never a level.
+--
+-- Three transaction-local settings steer this; none is needed for correctness:
+--   level_sync.own_depth        trigger depth at which our own statement runs: its echo needs no second look
+--   level_sync.subtransactions  one dot for each subtransaction used; past 64 every other session slows down
+--   level_sync.pending          'on' once the transaction carries a set at its commit, 'lost' where it cannot
+
+create or replace function level_sync._count_subtransaction()
+  returns integer
+  language sql
+  set search_path = pg_catalog, pg_temp
+as $$
+  select length(set_config('level_sync.subtransactions',
+                           coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true))
+$$;
+
+comment on function level_sync._count_subtransaction() is
+  'Counts one more subtransaction of this transaction and returns how many that makes.';
+
+create or replace function level_sync._enqueue(
+    user_ids bigint[], specializations text[], sides text[], changes text[], sqlstates text[], messages text[])
+  returns boolean
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set lock_timeout = '100ms'
+as $$
+begin
+  perform level_sync._count_subtransaction();
+  begin
+    insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)
+    select pair.user_id, pair.specialization, pair.side, pair.change, pair.sqlstate, pair.message
+      from unnest(user_ids, specializations, sides, changes, sqlstates, messages)
+             as pair (user_id, specialization, side, change, sqlstate, message);
+    return true;
+  exception when others then
+    if sqlstate = '40001' then
+      raise;
+    end if;
+    raise warning using
+      message = format('level_sync could neither carry nor queue %s pair(s), first user %s in %s: %s',
+                       cardinality(user_ids), user_ids[1], specializations[1], sqlerrm),
+      detail  = messages[1],
+      hint    = 'The write stands. The next reconcile finds the pairs; level_sync.desync_issues shows them.';
+    return false;
+  end;
+end
+$$;
+
+comment on function level_sync._enqueue(bigint[], text[], text[], text[], text[], text[]) is
+  'Queues pairs for the next drain. Where that is impossible it warns and returns false; the write stands.';
+
+create or replace function level_sync._defer_pair(user_id bigint, specialization text, side text, change text)
+  returns void
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set lock_timeout = '100ms'
+as $$
+declare
+  is_armed boolean := coalesce(current_setting('level_sync.pending', true) = 'on', false);
+begin
+  perform level_sync._count_subtransaction();
+  begin
+    if not is_armed then
+      -- After SET CONSTRAINTS ALL IMMEDIATE each further pair would be carried as a set of one.
+      set constraints level_sync.pending_pairs_committed deferred;
+    end if;
+    insert into level_sync.pending_pairs (user_id, specialization, side, change, arms_commit)
+    values (_defer_pair.user_id, _defer_pair.specialization, _defer_pair.side, _defer_pair.change, not is_armed);
+    perform set_config('level_sync.pending', 'on', true);
+  exception when others then
+    if sqlstate = '40001' then
+      raise;
+    end if;
+    if not level_sync._enqueue(array[user_id], array[specialization], array[side], array[change],
+                               array[sqlstate], array[sqlerrm])
+       and length(current_setting('level_sync.subtransactions', true)) > 48
+    then
+      perform set_config('level_sync.pending', 'lost', true);
+    end if;
+  end;
+end
+$$;
+
+comment on function level_sync._defer_pair(bigint, text, text, text) is
+  'Leaves a pair to the commit of this transaction, or to SET CONSTRAINTS ALL IMMEDIATE if that comes first.';

@@ -1,0 +1,417 @@
+-- What is written to specialization_progress arrives in user_licenses, in the same transaction.
+-- The mirror image of 30_license_to_progress.sql: a diff of the two shows names only.
+
+create or replace function level_sync.carry_progress()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  change             text    := case tg_op when 'INSERT' then 'created' else 'level_changed' end;
+  pending            text    := current_setting('level_sync.pending', true);
+  outer_depth        text    := current_setting('level_sync.own_depth', true);
+  outer_lock_timeout text    := current_setting('lock_timeout');
+  carried_at         timestamptz := clock_timestamp();
+  is_refused         boolean := false;
+  is_held            boolean;
+  rule               record;
+  on_error           text    := 'queue';
+  old_level          integer;
+  new_level          integer;
+begin
+  -- Bulk: the transaction carries a set when it commits, and this pair joins it.
+  if pending = 'on' then
+    insert into level_sync.pending_pairs (user_id, specialization, side, change)
+    select new.student_id, new.specialization_id, 'progress', change
+      from public.specializations as specialization
+     where specialization.id = new.specialization_id
+       and new.current_level between 1 and coalesce(specialization.max_levels, new.current_level);
+    if found then
+      return null;
+    end if;
+  elsif pending = 'lost' then
+    return null;
+  end if;
+
+  perform set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
+  begin
+    select settings.on_error,
+           settings.lock_wait = interval '0' as never_waits,
+           length(current_setting('level_sync.subtransactions')) > settings.inline_limit as is_bulk,
+           greatest(1, extract(epoch from settings.lock_wait) * 1000)::integer::text as lock_timeout,
+           specialization.max_levels
+      into rule
+      from level_sync.settings
+      left join public.specializations as specialization on specialization.id = new.specialization_id;
+    on_error := coalesce(rule.on_error, 'queue');
+
+    if new.current_level is null or new.current_level < 1 or new.current_level > rule.max_levels then
+      is_refused := true;
+      perform level_sync._refuse_level('progress', new.student_id, new.specialization_id, new.current_level, rule.max_levels);
+    end if;
+
+    if rule.is_bulk then
+      perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
+      return null;
+    end if;
+
+    if tg_op = 'UPDATE' then
+      select license.current_level
+        into old_level
+        from public.user_licenses as license
+       where license.user_id = new.student_id
+         and license.specialization_type = new.specialization_id
+         for no key update skip locked;
+      is_held := not found;
+      if is_held and not exists (
+        select from public.user_licenses as license
+         where license.user_id = new.student_id
+           and license.specialization_type = new.specialization_id)
+      then
+        -- A missing row is judged at commit: whoever moves both rows may be half way.
+        perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
+        return null;
+      end if;
+    end if;
+
+    perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true),
+            set_config('lock_timeout', rule.lock_timeout, true);
+
+    -- Levels are read from the live rows, never from NEW: another trigger may have written the row once more.
+    if tg_op = 'INSERT' then
+      with created as (
+        insert into public.user_licenses
+               (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
+        select progress.student_id, progress.specialization_id, progress.current_level, progress.current_level,
+               carried_at, carried_at
+          from public.specialization_progress as progress
+         where progress.student_id = new.student_id
+           and progress.specialization_id = new.specialization_id
+        on conflict do nothing
+        returning user_licenses.current_level
+      )
+      insert into level_sync.sync_events as event
+             (occurred_at, user_id, specialization, direction, action, new_level, source)
+      select carried_at, new.student_id, new.specialization_id, 'progress_to_license', 'created',
+             created.current_level, 'trigger'
+        from created
+      returning event.new_level into new_level;
+
+      if new_level is null then
+        perform level_sync._carry_pair(new.student_id, new.specialization_id, 'progress', change, 'trigger');
+      end if;
+    else
+      if is_held and rule.never_waits then
+        raise lock_not_available using message = 'the license is held by another transaction';
+      elsif is_held then
+        select license.current_level
+          into old_level
+          from public.user_licenses as license
+         where license.user_id = new.student_id
+           and license.specialization_type = new.specialization_id
+           for no key update;
+      end if;
+
+      with carried as (
+        update public.user_licenses as license
+           set current_level      = progress.current_level,
+               max_achieved_level = greatest(license.max_achieved_level, progress.current_level),
+               last_advanced_at   = carried_at
+          from public.specialization_progress as progress
+         where license.user_id = new.student_id
+           and license.specialization_type = new.specialization_id
+           and progress.student_id = new.student_id
+           and progress.specialization_id = new.specialization_id
+           and license.current_level is distinct from progress.current_level
+        returning license.current_level
+      )
+      insert into level_sync.sync_events as event
+             (occurred_at, user_id, specialization, direction, action, old_level, new_level, source)
+      select carried_at, new.student_id, new.specialization_id, 'progress_to_license', 'updated',
+             old_level, carried.current_level, 'trigger'
+        from carried
+      returning event.new_level into new_level;
+    end if;
+
+    -- Somebody else's trigger may have written another level, or none.
+    if new_level is distinct from new.current_level then
+      perform level_sync._refuse_difference(new.student_id, new.specialization_id);
+    end if;
+
+    perform set_config('level_sync.own_depth', outer_depth, true),
+            set_config('lock_timeout', outer_lock_timeout, true);
+  exception when others or assert_failure then
+    if is_refused or on_error = 'raise' or sqlstate = '40001' then
+      raise;
+    end if;
+    if sqlstate in ('55P03', '40P01') then
+      perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
+    else
+      perform level_sync._enqueue(array[new.student_id], array[new.specialization_id], array['progress'],
+                                  array[change], array[sqlstate], array[sqlerrm]);
+    end if;
+  end;
+  return null;
+end
+$$;
+
+comment on function level_sync.carry_progress() is
+  'Carries a written progress level to the license. Refuses a level outside 1..max_levels; any other failure queues the pair and lets the write stand, unless settings.on_error is raise.';
+
+select level_sync._ensure_trigger('public.specialization_progress', 'progress_created', $trigger$
+  create trigger progress_created
+    after insert on public.specialization_progress
+    for each row
+    when (current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
+    execute function level_sync.carry_progress()
+$trigger$, 'A new progress row gets a license at its level, or both get the higher of the two levels.');
+
+select level_sync._ensure_trigger('public.specialization_progress', 'progress_level_changed', $trigger$
+  create trigger progress_level_changed
+    after update on public.specialization_progress
+    for each row
+    when (new.current_level is distinct from old.current_level
+          and new.student_id = old.student_id
+          and new.specialization_id = old.specialization_id
+          and current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
+    execute function level_sync.carry_progress()
+$trigger$, 'The license gets the level that was written here.');
+
+-- The same for many pairs in a handful of statements; for bulk, drains and people.
+-- Planned anew each time: only then does the planner know how many pairs there are.
+create or replace function level_sync._carry_progress_to_licenses(
+    user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint)
+  returns void
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_custom_plan
+as $$
+declare
+  outer_depth text        := current_setting('level_sync.own_depth', true);
+  carried_at  timestamptz := clock_timestamp();
+  on_delete   text        := (select settings.on_delete from level_sync.settings);
+  held_ids    bigint[];
+  held_specs  text[];
+  old_levels  integer[];
+  new_levels  integer[];
+begin
+  if not ('progress' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
+    return;
+  end if;
+  perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
+
+  -- Locked first, so that the levels below are the last ones; what somebody else holds is left alone.
+  select array_agg(held.user_id), array_agg(held.specialization), array_agg(held.old_level), array_agg(held.new_level)
+    into held_ids, held_specs, old_levels, new_levels
+    from (
+      select pair.user_id, pair.specialization, license.current_level as old_level, progress.current_level as new_level
+        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+        join public.specialization_progress as progress
+          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+        join public.user_licenses as license
+          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+       where (pair.side = 'progress' and pair.change = 'level_changed'
+              and license.current_level is distinct from progress.current_level)
+          or (pair.change = 'created' and coalesce(license.current_level, 0) < progress.current_level)
+         for no key update of license skip locked
+    ) as held;
+
+  if held_ids is not null then
+    with carried as (
+      update public.user_licenses as license
+         set current_level      = held.new_level,
+             max_achieved_level = greatest(license.max_achieved_level, held.new_level),
+             last_advanced_at   = carried_at
+        from unnest(held_ids, held_specs, old_levels, new_levels) as held (user_id, specialization, old_level, new_level)
+       where license.user_id = held.user_id
+         and license.specialization_type = held.specialization
+      returning license.user_id, license.specialization_type, held.old_level, license.current_level
+    )
+    insert into level_sync.sync_events
+           (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id)
+    select carried_at, carried.user_id, carried.specialization_type, 'progress_to_license', 'updated',
+           carried.old_level, carried.current_level, source, run_id
+      from carried;
+  end if;
+
+  if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > coalesce(cardinality(held_ids), 0) then
+    with created as (
+      insert into public.user_licenses
+             (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
+      select progress.student_id, progress.specialization_id, progress.current_level, progress.current_level,
+             carried_at, carried_at
+        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+        join public.specialization_progress as progress
+          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+       where (pair.change = 'created'
+              or pair.side = 'progress' and pair.change = 'level_changed'
+              or pair.side = 'license' and pair.change = 'deleted' and on_delete <> 'propagate')
+         and not exists (
+           select from public.user_licenses as license
+            where license.user_id = pair.user_id and license.specialization_type = pair.specialization)
+      on conflict do nothing
+      returning user_licenses.user_id, user_licenses.specialization_type, user_licenses.current_level
+    )
+    insert into level_sync.sync_events
+           (occurred_at, user_id, specialization, direction, action, new_level, source, run_id)
+    select carried_at, created.user_id, created.specialization_type, 'progress_to_license', 'created',
+           created.current_level, source, run_id
+      from created;
+  end if;
+
+  if on_delete = 'propagate' and 'deleted' = any (changes) then
+    with doomed as (
+      select license.user_id, license.specialization_type
+        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+        join public.user_licenses as license
+          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+       where pair.side = 'progress' and pair.change = 'deleted'
+         and not exists (
+           select from public.specialization_progress as progress
+            where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization)
+         for update of license skip locked
+    ), deleted as (
+      delete from public.user_licenses as license
+       using doomed
+       where license.user_id = doomed.user_id and license.specialization_type = doomed.specialization_type
+      returning license.user_id, license.specialization_type, license.current_level
+    )
+    insert into level_sync.sync_events
+           (occurred_at, user_id, specialization, direction, action, old_level, source, run_id)
+    select carried_at, deleted.user_id, deleted.specialization_type, 'progress_to_license', 'deleted',
+           deleted.current_level, source, run_id
+      from deleted;
+  end if;
+
+  perform set_config('level_sync.own_depth', outer_depth, true);
+end
+$$;
+
+comment on function level_sync._carry_progress_to_licenses(bigint[], text[], text[], text[], text, bigint) is
+  'Brings licenses to the level of their progress, for those of the pairs whose change asks for it. Skips rows that are held by others.';
+
+-- At commit: progress may only go together with its license.
+create or replace function level_sync.judge_deleted_progress()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  license_level integer;
+begin
+  select license.current_level
+    into license_level
+    from public.user_licenses as license
+   where license.user_id = old.student_id
+     and license.specialization_type = old.specialization_id
+     and not exists (
+       select from public.specialization_progress as progress
+        where progress.student_id = old.student_id
+          and progress.specialization_id = old.specialization_id);
+  if not found then
+    return null;
+  end if;
+
+  if coalesce((select settings.on_delete from level_sync.settings), 'restrict') = 'restrict' then
+    raise restrict_violation using
+      message = format('the progress of user %s in %s cannot go alone: their license (level %s) is still there',
+                       old.student_id, old.specialization_id, license_level),
+      hint    = 'Delete or move both rows in one transaction, or set level_sync.settings.on_delete to propagate or recreate.';
+  end if;
+  perform level_sync._defer_pair(old.student_id, old.specialization_id, 'progress', 'deleted');
+  return null;
+end
+$$;
+
+comment on function level_sync.judge_deleted_progress() is
+  'Raises restrict_violation where the license stands alone at commit, or leaves the pair to settings.on_delete.';
+
+-- At commit: a moved progress row has left one pair, as a delete does, and come to another, as an insert does.
+create or replace function level_sync.judge_moved_progress()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  place record;
+begin
+  select progress.current_level, specialization.max_levels
+    into place
+    from public.specialization_progress as progress
+    left join public.specializations as specialization on specialization.id = progress.specialization_id
+   where progress.student_id = new.student_id
+     and progress.specialization_id = new.specialization_id;
+  if found then
+    if place.current_level is null or place.current_level < 1 or place.current_level > place.max_levels then
+      perform level_sync._refuse_level('progress', new.student_id, new.specialization_id, place.current_level, place.max_levels);
+    end if;
+    perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', 'created');
+  end if;
+  return null;
+end
+$$;
+
+comment on function level_sync.judge_moved_progress() is
+  'Carries the pair a progress row has moved to; judge_deleted_progress looks at the one it left.';
+
+select level_sync._ensure_trigger('public.specialization_progress', 'progress_deleted', $trigger$
+  create constraint trigger progress_deleted
+    after delete on public.specialization_progress
+    deferrable initially deferred
+    for each row
+    when (current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
+    execute function level_sync.judge_deleted_progress()
+$trigger$, 'At commit: progress goes only together with its license, or as settings.on_delete says.');
+
+select level_sync._ensure_trigger('public.specialization_progress', 'progress_left_its_pair', $trigger$
+  create constraint trigger progress_left_its_pair
+    after update on public.specialization_progress
+    deferrable initially deferred
+    for each row
+    when (new.student_id is distinct from old.student_id or new.specialization_id is distinct from old.specialization_id)
+    execute function level_sync.judge_deleted_progress()
+$trigger$, 'At commit: the pair that was left is judged like a delete.');
+
+select level_sync._ensure_trigger('public.specialization_progress', 'progress_moved_to_pair', $trigger$
+  create constraint trigger progress_moved_to_pair
+    after update on public.specialization_progress
+    deferrable initially deferred
+    for each row
+    when (new.student_id is distinct from old.student_id or new.specialization_id is distinct from old.specialization_id)
+    execute function level_sync.judge_moved_progress()
+$trigger$, 'At commit: the pair that was moved to is judged like an insert.');
+
+create or replace function level_sync.judge_truncated_progress()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (
+    select from public.user_licenses as license
+     where not exists (
+       select from public.specialization_progress as progress
+        where progress.student_id = license.user_id
+          and progress.specialization_id = license.specialization_type))
+  then
+    raise restrict_violation using
+      message = 'specialization_progress cannot be truncated alone: user_licenses still has rows',
+      hint    = 'Truncate both tables in one statement.';
+  end if;
+  return null;
+end
+$$;
+
+comment on function level_sync.judge_truncated_progress() is
+  'Raises restrict_violation where a TRUNCATE leaves licenses without progress.';
+
+select level_sync._ensure_trigger('public.specialization_progress', 'progress_truncated', $trigger$
+  create trigger progress_truncated
+    after truncate on public.specialization_progress
+    for each statement
+    execute function level_sync.judge_truncated_progress()
+$trigger$, 'TRUNCATE is refused unless both tables are empty afterwards.');

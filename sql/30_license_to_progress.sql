@@ -1,0 +1,413 @@
+-- What is written to user_licenses arrives in specialization_progress, in the same transaction.
+-- The mirror image of 20_progress_to_license.sql: a diff of the two shows names only.
+
+create or replace function level_sync.carry_license()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  change             text    := case tg_op when 'INSERT' then 'created' else 'level_changed' end;
+  pending            text    := current_setting('level_sync.pending', true);
+  outer_depth        text    := current_setting('level_sync.own_depth', true);
+  outer_lock_timeout text    := current_setting('lock_timeout');
+  carried_at         timestamptz := clock_timestamp();
+  is_refused         boolean := false;
+  is_held            boolean;
+  rule               record;
+  on_error           text    := 'queue';
+  old_level          integer;
+  new_level          integer;
+begin
+  -- Bulk: the transaction carries a set when it commits, and this pair joins it.
+  if pending = 'on' then
+    insert into level_sync.pending_pairs (user_id, specialization, side, change)
+    select new.user_id, new.specialization_type, 'license', change
+      from public.specializations as specialization
+     where specialization.id = new.specialization_type
+       and new.current_level between 1 and coalesce(specialization.max_levels, new.current_level);
+    if found then
+      return null;
+    end if;
+  elsif pending = 'lost' then
+    return null;
+  end if;
+
+  perform set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
+  begin
+    select settings.on_error,
+           settings.lock_wait = interval '0' as never_waits,
+           length(current_setting('level_sync.subtransactions')) > settings.inline_limit as is_bulk,
+           greatest(1, extract(epoch from settings.lock_wait) * 1000)::integer::text as lock_timeout,
+           specialization.max_levels
+      into rule
+      from level_sync.settings
+      left join public.specializations as specialization on specialization.id = new.specialization_type;
+    on_error := coalesce(rule.on_error, 'queue');
+
+    if new.current_level is null or new.current_level < 1 or new.current_level > rule.max_levels then
+      is_refused := true;
+      perform level_sync._refuse_level('license', new.user_id, new.specialization_type, new.current_level, rule.max_levels);
+    end if;
+
+    if rule.is_bulk then
+      perform level_sync._defer_pair(new.user_id, new.specialization_type, 'license', change);
+      return null;
+    end if;
+
+    if tg_op = 'UPDATE' then
+      select progress.current_level
+        into old_level
+        from public.specialization_progress as progress
+       where progress.student_id = new.user_id
+         and progress.specialization_id = new.specialization_type
+         for no key update skip locked;
+      is_held := not found;
+      if is_held and not exists (
+        select from public.specialization_progress as progress
+         where progress.student_id = new.user_id
+           and progress.specialization_id = new.specialization_type)
+      then
+        -- A missing row is judged at commit: whoever moves both rows may be half way.
+        perform level_sync._defer_pair(new.user_id, new.specialization_type, 'license', change);
+        return null;
+      end if;
+    end if;
+
+    perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true),
+            set_config('lock_timeout', rule.lock_timeout, true);
+
+    -- Levels are read from the live rows, never from NEW: another trigger may have written the row once more.
+    if tg_op = 'INSERT' then
+      with created as (
+        insert into public.specialization_progress
+               (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
+        select license.user_id, license.specialization_type, license.current_level, 0, 0, 0, carried_at
+          from public.user_licenses as license
+         where license.user_id = new.user_id
+           and license.specialization_type = new.specialization_type
+        on conflict do nothing
+        returning specialization_progress.current_level
+      )
+      insert into level_sync.sync_events as event
+             (occurred_at, user_id, specialization, direction, action, new_level, source)
+      select carried_at, new.user_id, new.specialization_type, 'license_to_progress', 'created',
+             created.current_level, 'trigger'
+        from created
+      returning event.new_level into new_level;
+
+      if new_level is null then
+        perform level_sync._carry_pair(new.user_id, new.specialization_type, 'license', change, 'trigger');
+      end if;
+    else
+      if is_held and rule.never_waits then
+        raise lock_not_available using message = 'the progress is held by another transaction';
+      elsif is_held then
+        select progress.current_level
+          into old_level
+          from public.specialization_progress as progress
+         where progress.student_id = new.user_id
+           and progress.specialization_id = new.specialization_type
+           for no key update;
+      end if;
+
+      with carried as (
+        update public.specialization_progress as progress
+           set current_level = license.current_level,
+               last_activity = carried_at
+          from public.user_licenses as license
+         where progress.student_id = new.user_id
+           and progress.specialization_id = new.specialization_type
+           and license.user_id = new.user_id
+           and license.specialization_type = new.specialization_type
+           and progress.current_level is distinct from license.current_level
+        returning progress.current_level
+      )
+      insert into level_sync.sync_events as event
+             (occurred_at, user_id, specialization, direction, action, old_level, new_level, source)
+      select carried_at, new.user_id, new.specialization_type, 'license_to_progress', 'updated',
+             old_level, carried.current_level, 'trigger'
+        from carried
+      returning event.new_level into new_level;
+    end if;
+
+    -- Somebody else's trigger may have written another level, or none.
+    if new_level is distinct from new.current_level then
+      perform level_sync._refuse_difference(new.user_id, new.specialization_type);
+    end if;
+
+    perform set_config('level_sync.own_depth', outer_depth, true),
+            set_config('lock_timeout', outer_lock_timeout, true);
+  exception when others or assert_failure then
+    if is_refused or on_error = 'raise' or sqlstate = '40001' then
+      raise;
+    end if;
+    if sqlstate in ('55P03', '40P01') then
+      perform level_sync._defer_pair(new.user_id, new.specialization_type, 'license', change);
+    else
+      perform level_sync._enqueue(array[new.user_id], array[new.specialization_type], array['license'],
+                                  array[change], array[sqlstate], array[sqlerrm]);
+    end if;
+  end;
+  return null;
+end
+$$;
+
+comment on function level_sync.carry_license() is
+  'Carries a written license level to the progress. Refuses a level outside 1..max_levels; any other failure queues the pair and lets the write stand, unless settings.on_error is raise.';
+
+select level_sync._ensure_trigger('public.user_licenses', 'license_created', $trigger$
+  create trigger license_created
+    after insert on public.user_licenses
+    for each row
+    when (current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
+    execute function level_sync.carry_license()
+$trigger$, 'A new license gets a progress row at its level, with 0 XP, or both get the higher of the two levels.');
+
+select level_sync._ensure_trigger('public.user_licenses', 'license_level_changed', $trigger$
+  create trigger license_level_changed
+    after update on public.user_licenses
+    for each row
+    when (new.current_level is distinct from old.current_level
+          and new.user_id = old.user_id
+          and new.specialization_type = old.specialization_type
+          and current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
+    execute function level_sync.carry_license()
+$trigger$, 'The progress gets the level that was written here.');
+
+-- The same for many pairs in a handful of statements; for bulk, drains and people.
+-- Planned anew each time: only then does the planner know how many pairs there are.
+create or replace function level_sync._carry_licenses_to_progress(
+    user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint)
+  returns void
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_custom_plan
+as $$
+declare
+  outer_depth text        := current_setting('level_sync.own_depth', true);
+  carried_at  timestamptz := clock_timestamp();
+  on_delete   text        := (select settings.on_delete from level_sync.settings);
+  held_ids    bigint[];
+  held_specs  text[];
+  old_levels  integer[];
+  new_levels  integer[];
+begin
+  if not ('license' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
+    return;
+  end if;
+  perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
+
+  -- Locked first, so that the levels below are the last ones; what somebody else holds is left alone.
+  select array_agg(held.user_id), array_agg(held.specialization), array_agg(held.old_level), array_agg(held.new_level)
+    into held_ids, held_specs, old_levels, new_levels
+    from (
+      select pair.user_id, pair.specialization, progress.current_level as old_level, license.current_level as new_level
+        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+        join public.user_licenses as license
+          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+        join public.specialization_progress as progress
+          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+       where (pair.side = 'license' and pair.change = 'level_changed'
+              and progress.current_level is distinct from license.current_level)
+          or (pair.change = 'created' and coalesce(progress.current_level, 0) < license.current_level)
+         for no key update of progress skip locked
+    ) as held;
+
+  if held_ids is not null then
+    with carried as (
+      update public.specialization_progress as progress
+         set current_level = held.new_level,
+             last_activity = carried_at
+        from unnest(held_ids, held_specs, old_levels, new_levels) as held (user_id, specialization, old_level, new_level)
+       where progress.student_id = held.user_id
+         and progress.specialization_id = held.specialization
+      returning progress.student_id, progress.specialization_id, held.old_level, progress.current_level
+    )
+    insert into level_sync.sync_events
+           (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id)
+    select carried_at, carried.student_id, carried.specialization_id, 'license_to_progress', 'updated',
+           carried.old_level, carried.current_level, source, run_id
+      from carried;
+  end if;
+
+  if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > coalesce(cardinality(held_ids), 0) then
+    with created as (
+      insert into public.specialization_progress
+             (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
+      select license.user_id, license.specialization_type, license.current_level, 0, 0, 0, carried_at
+        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+        join public.user_licenses as license
+          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+       where (pair.change = 'created'
+              or pair.side = 'license' and pair.change = 'level_changed'
+              or pair.side = 'progress' and pair.change = 'deleted' and on_delete <> 'propagate')
+         and not exists (
+           select from public.specialization_progress as progress
+            where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization)
+      on conflict do nothing
+      returning specialization_progress.student_id, specialization_progress.specialization_id, specialization_progress.current_level
+    )
+    insert into level_sync.sync_events
+           (occurred_at, user_id, specialization, direction, action, new_level, source, run_id)
+    select carried_at, created.student_id, created.specialization_id, 'license_to_progress', 'created',
+           created.current_level, source, run_id
+      from created;
+  end if;
+
+  if on_delete = 'propagate' and 'deleted' = any (changes) then
+    with doomed as (
+      select progress.student_id, progress.specialization_id
+        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+        join public.specialization_progress as progress
+          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+       where pair.side = 'license' and pair.change = 'deleted'
+         and not exists (
+           select from public.user_licenses as license
+            where license.user_id = pair.user_id and license.specialization_type = pair.specialization)
+         for update of progress skip locked
+    ), deleted as (
+      delete from public.specialization_progress as progress
+       using doomed
+       where progress.student_id = doomed.student_id and progress.specialization_id = doomed.specialization_id
+      returning progress.student_id, progress.specialization_id, progress.current_level
+    )
+    insert into level_sync.sync_events
+           (occurred_at, user_id, specialization, direction, action, old_level, source, run_id)
+    select carried_at, deleted.student_id, deleted.specialization_id, 'license_to_progress', 'deleted',
+           deleted.current_level, source, run_id
+      from deleted;
+  end if;
+
+  perform set_config('level_sync.own_depth', outer_depth, true);
+end
+$$;
+
+comment on function level_sync._carry_licenses_to_progress(bigint[], text[], text[], text[], text, bigint) is
+  'Brings progress to the level of its license, for those of the pairs whose change asks for it. Skips rows that are held by others.';
+
+-- At commit: a license may only go together with its progress.
+create or replace function level_sync.judge_deleted_license()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  progress_level integer;
+begin
+  select progress.current_level
+    into progress_level
+    from public.specialization_progress as progress
+   where progress.student_id = old.user_id
+     and progress.specialization_id = old.specialization_type
+     and not exists (
+       select from public.user_licenses as license
+        where license.user_id = old.user_id
+          and license.specialization_type = old.specialization_type);
+  if not found then
+    return null;
+  end if;
+
+  if coalesce((select settings.on_delete from level_sync.settings), 'restrict') = 'restrict' then
+    raise restrict_violation using
+      message = format('the license of user %s in %s cannot go alone: their progress (level %s) is still there',
+                       old.user_id, old.specialization_type, progress_level),
+      hint    = 'Delete or move both rows in one transaction, or set level_sync.settings.on_delete to propagate or recreate.';
+  end if;
+  perform level_sync._defer_pair(old.user_id, old.specialization_type, 'license', 'deleted');
+  return null;
+end
+$$;
+
+comment on function level_sync.judge_deleted_license() is
+  'Raises restrict_violation where the progress stands alone at commit, or leaves the pair to settings.on_delete.';
+
+-- At commit: a moved license has left one pair, as a delete does, and come to another, as an insert does.
+create or replace function level_sync.judge_moved_license()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  place record;
+begin
+  select license.current_level, specialization.max_levels
+    into place
+    from public.user_licenses as license
+    left join public.specializations as specialization on specialization.id = license.specialization_type
+   where license.user_id = new.user_id
+     and license.specialization_type = new.specialization_type;
+  if found then
+    if place.current_level is null or place.current_level < 1 or place.current_level > place.max_levels then
+      perform level_sync._refuse_level('license', new.user_id, new.specialization_type, place.current_level, place.max_levels);
+    end if;
+    perform level_sync._defer_pair(new.user_id, new.specialization_type, 'license', 'created');
+  end if;
+  return null;
+end
+$$;
+
+comment on function level_sync.judge_moved_license() is
+  'Carries the pair a license has moved to; judge_deleted_license looks at the one it left.';
+
+select level_sync._ensure_trigger('public.user_licenses', 'license_deleted', $trigger$
+  create constraint trigger license_deleted
+    after delete on public.user_licenses
+    deferrable initially deferred
+    for each row
+    when (current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
+    execute function level_sync.judge_deleted_license()
+$trigger$, 'At commit: a license goes only together with its progress, or as settings.on_delete says.');
+
+select level_sync._ensure_trigger('public.user_licenses', 'license_left_its_pair', $trigger$
+  create constraint trigger license_left_its_pair
+    after update on public.user_licenses
+    deferrable initially deferred
+    for each row
+    when (new.user_id is distinct from old.user_id or new.specialization_type is distinct from old.specialization_type)
+    execute function level_sync.judge_deleted_license()
+$trigger$, 'At commit: the pair that was left is judged like a delete.');
+
+select level_sync._ensure_trigger('public.user_licenses', 'license_moved_to_pair', $trigger$
+  create constraint trigger license_moved_to_pair
+    after update on public.user_licenses
+    deferrable initially deferred
+    for each row
+    when (new.user_id is distinct from old.user_id or new.specialization_type is distinct from old.specialization_type)
+    execute function level_sync.judge_moved_license()
+$trigger$, 'At commit: the pair that was moved to is judged like an insert.');
+
+create or replace function level_sync.judge_truncated_licenses()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (
+    select from public.specialization_progress as progress
+     where not exists (
+       select from public.user_licenses as license
+        where license.user_id = progress.student_id
+          and license.specialization_type = progress.specialization_id))
+  then
+    raise restrict_violation using
+      message = 'user_licenses cannot be truncated alone: specialization_progress still has rows',
+      hint    = 'Truncate both tables in one statement.';
+  end if;
+  return null;
+end
+$$;
+
+comment on function level_sync.judge_truncated_licenses() is
+  'Raises restrict_violation where a TRUNCATE leaves progress without licenses.';
+
+select level_sync._ensure_trigger('public.user_licenses', 'licenses_truncated', $trigger$
+  create trigger licenses_truncated
+    after truncate on public.user_licenses
+    for each statement
+    execute function level_sync.judge_truncated_licenses()
+$trigger$, 'TRUNCATE is refused unless both tables are empty afterwards.');
