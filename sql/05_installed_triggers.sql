@@ -40,3 +40,23 @@ $$;
 
 comment on function level_sync._ensure_trigger(regclass, name, text, text) is
   'Makes a trigger from its CREATE TRIGGER statement, unless it is there and enabled exactly as made before.';
+
+create or replace function level_sync._remove_triggers()
+  returns void
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  installed record;
+begin
+  for installed in
+    select * from level_sync.installed_triggers
+     where to_regclass(installed_triggers.relation::text) is not null
+  loop
+    execute format('drop trigger if exists %I on %s', installed.trigger_name, installed.relation);
+  end loop;
+  delete from level_sync.installed_triggers;
+end
+$$;
+
+comment on function level_sync._remove_triggers() is 'Removes every trigger level_sync made; the first step of a rollback.';

@@ -292,10 +292,9 @@ comment on function level_sync._carry_progress_to_licenses(bigint[], text[], tex
   'Brings licenses to the level of their progress, for those of the pairs whose change asks for it. Skips rows that are held by others.';
 
 -- At commit: progress may only go together with its license.
-create or replace function level_sync.judge_deleted_progress()
-  returns trigger
+create or replace function level_sync._judge_lone_license(user_id bigint, specialization text)
+  returns void
   language plpgsql
-  security definer
   set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -304,31 +303,45 @@ begin
   select license.current_level
     into license_level
     from public.user_licenses as license
-   where license.user_id = old.student_id
-     and license.specialization_type = old.specialization_id
+   where license.user_id = _judge_lone_license.user_id
+     and license.specialization_type = _judge_lone_license.specialization
      and not exists (
        select from public.specialization_progress as progress
-        where progress.student_id = old.student_id
-          and progress.specialization_id = old.specialization_id);
+        where progress.student_id = _judge_lone_license.user_id
+          and progress.specialization_id = _judge_lone_license.specialization);
   if not found then
-    return null;
+    return;
   end if;
 
   if coalesce((select settings.on_delete from level_sync.settings), 'restrict') = 'restrict' then
     raise restrict_violation using
       message = format('the progress of user %s in %s cannot go alone: their license (level %s) is still there',
-                       old.student_id, old.specialization_id, license_level),
+                       user_id, specialization, license_level),
       hint    = 'Delete or move both rows in one transaction, or set level_sync.settings.on_delete to propagate or recreate.';
   end if;
-  perform level_sync._defer_pair(old.student_id, old.specialization_id, 'progress', 'deleted');
+  perform level_sync._defer_pair(user_id, specialization, 'progress', 'deleted');
+end
+$$;
+
+comment on function level_sync._judge_lone_license(bigint, text) is
+  'Raises restrict_violation where a license stands alone, or leaves the pair to settings.on_delete.';
+
+create or replace function level_sync.judge_deleted_progress()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform level_sync._judge_lone_license(old.student_id, old.specialization_id);
   return null;
 end
 $$;
 
 comment on function level_sync.judge_deleted_progress() is
-  'Raises restrict_violation where the license stands alone at commit, or leaves the pair to settings.on_delete.';
+  'Refuses at commit a deleted progress whose license is still there, or does what settings.on_delete says.';
 
--- At commit: a moved progress row has left one pair, as a delete does, and come to another, as an insert does.
+-- At commit: a moved progress has left one pair, as a delete does, and come to another, as an insert does.
 create or replace function level_sync.judge_moved_progress()
   returns trigger
   language plpgsql
@@ -338,6 +351,8 @@ as $$
 declare
   place record;
 begin
+  perform level_sync._judge_lone_license(old.student_id, old.specialization_id);
+
   select progress.current_level, specialization.max_levels
     into place
     from public.specialization_progress as progress
@@ -355,7 +370,7 @@ end
 $$;
 
 comment on function level_sync.judge_moved_progress() is
-  'Carries the pair a progress row has moved to; judge_deleted_progress looks at the one it left.';
+  'Judges at commit the pair a progress has left like a delete, and the pair it has come to like an insert.';
 
 select level_sync._ensure_trigger('public.specialization_progress', 'progress_deleted', $trigger$
   create constraint trigger progress_deleted
@@ -366,23 +381,14 @@ select level_sync._ensure_trigger('public.specialization_progress', 'progress_de
     execute function level_sync.judge_deleted_progress()
 $trigger$, 'At commit: progress goes only together with its license, or as settings.on_delete says.');
 
-select level_sync._ensure_trigger('public.specialization_progress', 'progress_left_its_pair', $trigger$
-  create constraint trigger progress_left_its_pair
-    after update on public.specialization_progress
-    deferrable initially deferred
-    for each row
-    when (new.student_id is distinct from old.student_id or new.specialization_id is distinct from old.specialization_id)
-    execute function level_sync.judge_deleted_progress()
-$trigger$, 'At commit: the pair that was left is judged like a delete.');
-
-select level_sync._ensure_trigger('public.specialization_progress', 'progress_moved_to_pair', $trigger$
-  create constraint trigger progress_moved_to_pair
+select level_sync._ensure_trigger('public.specialization_progress', 'progress_pair_changed', $trigger$
+  create constraint trigger progress_pair_changed
     after update on public.specialization_progress
     deferrable initially deferred
     for each row
     when (new.student_id is distinct from old.student_id or new.specialization_id is distinct from old.specialization_id)
     execute function level_sync.judge_moved_progress()
-$trigger$, 'At commit: the pair that was moved to is judged like an insert.');
+$trigger$, 'At commit: the pair that was left is judged like a delete, the new one like an insert.');
 
 create or replace function level_sync.judge_truncated_progress()
   returns trigger

@@ -288,10 +288,9 @@ comment on function level_sync._carry_licenses_to_progress(bigint[], text[], tex
   'Brings progress to the level of its license, for those of the pairs whose change asks for it. Skips rows that are held by others.';
 
 -- At commit: a license may only go together with its progress.
-create or replace function level_sync.judge_deleted_license()
-  returns trigger
+create or replace function level_sync._judge_lone_progress(user_id bigint, specialization text)
+  returns void
   language plpgsql
-  security definer
   set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -300,29 +299,43 @@ begin
   select progress.current_level
     into progress_level
     from public.specialization_progress as progress
-   where progress.student_id = old.user_id
-     and progress.specialization_id = old.specialization_type
+   where progress.student_id = _judge_lone_progress.user_id
+     and progress.specialization_id = _judge_lone_progress.specialization
      and not exists (
        select from public.user_licenses as license
-        where license.user_id = old.user_id
-          and license.specialization_type = old.specialization_type);
+        where license.user_id = _judge_lone_progress.user_id
+          and license.specialization_type = _judge_lone_progress.specialization);
   if not found then
-    return null;
+    return;
   end if;
 
   if coalesce((select settings.on_delete from level_sync.settings), 'restrict') = 'restrict' then
     raise restrict_violation using
       message = format('the license of user %s in %s cannot go alone: their progress (level %s) is still there',
-                       old.user_id, old.specialization_type, progress_level),
+                       user_id, specialization, progress_level),
       hint    = 'Delete or move both rows in one transaction, or set level_sync.settings.on_delete to propagate or recreate.';
   end if;
-  perform level_sync._defer_pair(old.user_id, old.specialization_type, 'license', 'deleted');
+  perform level_sync._defer_pair(user_id, specialization, 'license', 'deleted');
+end
+$$;
+
+comment on function level_sync._judge_lone_progress(bigint, text) is
+  'Raises restrict_violation where progress stands alone, or leaves the pair to settings.on_delete.';
+
+create or replace function level_sync.judge_deleted_license()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform level_sync._judge_lone_progress(old.user_id, old.specialization_type);
   return null;
 end
 $$;
 
 comment on function level_sync.judge_deleted_license() is
-  'Raises restrict_violation where the progress stands alone at commit, or leaves the pair to settings.on_delete.';
+  'Refuses at commit a deleted license whose progress is still there, or does what settings.on_delete says.';
 
 -- At commit: a moved license has left one pair, as a delete does, and come to another, as an insert does.
 create or replace function level_sync.judge_moved_license()
@@ -334,6 +347,8 @@ as $$
 declare
   place record;
 begin
+  perform level_sync._judge_lone_progress(old.user_id, old.specialization_type);
+
   select license.current_level, specialization.max_levels
     into place
     from public.user_licenses as license
@@ -351,7 +366,7 @@ end
 $$;
 
 comment on function level_sync.judge_moved_license() is
-  'Carries the pair a license has moved to; judge_deleted_license looks at the one it left.';
+  'Judges at commit the pair a license has left like a delete, and the pair it has come to like an insert.';
 
 select level_sync._ensure_trigger('public.user_licenses', 'license_deleted', $trigger$
   create constraint trigger license_deleted
@@ -362,23 +377,14 @@ select level_sync._ensure_trigger('public.user_licenses', 'license_deleted', $tr
     execute function level_sync.judge_deleted_license()
 $trigger$, 'At commit: a license goes only together with its progress, or as settings.on_delete says.');
 
-select level_sync._ensure_trigger('public.user_licenses', 'license_left_its_pair', $trigger$
-  create constraint trigger license_left_its_pair
-    after update on public.user_licenses
-    deferrable initially deferred
-    for each row
-    when (new.user_id is distinct from old.user_id or new.specialization_type is distinct from old.specialization_type)
-    execute function level_sync.judge_deleted_license()
-$trigger$, 'At commit: the pair that was left is judged like a delete.');
-
-select level_sync._ensure_trigger('public.user_licenses', 'license_moved_to_pair', $trigger$
-  create constraint trigger license_moved_to_pair
+select level_sync._ensure_trigger('public.user_licenses', 'license_pair_changed', $trigger$
+  create constraint trigger license_pair_changed
     after update on public.user_licenses
     deferrable initially deferred
     for each row
     when (new.user_id is distinct from old.user_id or new.specialization_type is distinct from old.specialization_type)
     execute function level_sync.judge_moved_license()
-$trigger$, 'At commit: the pair that was moved to is judged like an insert.');
+$trigger$, 'At commit: the pair that was left is judged like a delete, the new one like an insert.');
 
 create or replace function level_sync.judge_truncated_licenses()
   returns trigger

@@ -233,3 +233,201 @@ select level_sync._ensure_trigger('level_sync.pending_pairs', 'pending_pairs_com
     when (new.arms_commit)
     execute function level_sync.carry_pending_pairs()
 $trigger$, 'Carries the pairs of a transaction when it commits.');
+
+-- The drain. It locks both rows of a pair before it looks at them, and leaves alone what somebody else holds.
+create or replace function level_sync._lock_free_pairs(user_ids bigint[], specializations text[])
+  returns table (pair_number bigint)
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_custom_plan
+as $$
+begin
+  return query
+    with pair as materialized (
+      select pair.user_id, pair.specialization, pair.pair_number
+        from unnest(user_ids, specializations) with ordinality as pair (user_id, specialization, pair_number)
+    ), locked_progress as materialized (
+      select pair.pair_number
+        from pair
+        join public.specialization_progress as progress
+          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+         for no key update of progress skip locked
+    ), locked_license as materialized (
+      select pair.pair_number
+        from pair
+        join public.user_licenses as license
+          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+         for no key update of license skip locked
+    )
+    select pair.pair_number
+      from pair
+      left join locked_progress on locked_progress.pair_number = pair.pair_number
+      left join locked_license on locked_license.pair_number = pair.pair_number
+     where (locked_progress.pair_number is not null
+            or not exists (
+              select from public.specialization_progress as progress
+               where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization))
+       and (locked_license.pair_number is not null
+            or not exists (
+              select from public.user_licenses as license
+               where license.user_id = pair.user_id and license.specialization_type = pair.specialization));
+end
+$$;
+
+comment on function level_sync._lock_free_pairs(bigint[], text[]) is
+  'Locks the rows of the pairs that nobody holds, without waiting, and returns their numbers, counted from 1.';
+
+create or replace function level_sync._drain_batch()
+  returns integer
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+  set lock_timeout = '100ms'
+as $$
+declare
+  rule       record;
+  pairs      record;
+  free       record;
+  failures   record;
+begin
+  select settings.batch_size, settings.max_attempts, settings.retry_backoff
+    into rule
+    from level_sync.settings;
+
+  -- Only pairs of committed transactions that could not finish their own set can be seen here.
+  with left_behind as (
+    delete from level_sync.pending_pairs as pending
+     where pending.transaction_id <> pg_current_xact_id()
+    returning pending.pending_id, pending.user_id, pending.specialization, pending.side, pending.change
+  )
+  insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)
+  select left_behind.user_id, left_behind.specialization, left_behind.side, left_behind.change,
+         '00000', 'left behind by its transaction'
+    from left_behind
+   order by left_behind.pending_id;
+
+  -- Coalesced: the newest entry of a pair tells which side was written last.
+  with due as materialized (
+    select distinct ripe.user_id, ripe.specialization
+      from (
+        select queued.user_id, queued.specialization
+          from level_sync.sync_queue as queued
+         where queued.dead_at is null
+           and queued.next_attempt_at <= clock_timestamp()
+         order by queued.next_attempt_at
+         limit rule.batch_size
+      ) as ripe
+  ), taken as materialized (
+    select queued.*
+      from level_sync.sync_queue as queued
+      join due on due.user_id = queued.user_id and due.specialization = queued.specialization
+       for update of queued skip locked
+  ), latest as (
+    select distinct on (taken.user_id, taken.specialization)
+           taken.user_id, taken.specialization, taken.side, taken.change, taken.queue_id,
+           max(taken.attempts) filter (where taken.dead_at is null)
+             over (partition by taken.user_id, taken.specialization) as attempts
+      from taken
+     order by taken.user_id, taken.specialization, taken.queue_id desc
+  ), coalesced as (
+    delete from level_sync.sync_queue as queued
+     using latest
+     where queued.user_id = latest.user_id
+       and queued.specialization = latest.specialization
+       and queued.queue_id in (select taken.queue_id from taken)
+       and queued.queue_id <> latest.queue_id
+  )
+  select array_agg(latest.user_id order by latest.user_id, latest.specialization) as user_ids,
+         array_agg(latest.specialization order by latest.user_id, latest.specialization) as specializations,
+         array_agg(latest.side order by latest.user_id, latest.specialization) as sides,
+         array_agg(latest.change order by latest.user_id, latest.specialization) as changes,
+         array_agg(latest.queue_id order by latest.user_id, latest.specialization) as queue_ids,
+         array_agg(latest.attempts order by latest.user_id, latest.specialization) as attempts
+    into pairs
+    from latest;
+  if pairs.user_ids is null then
+    return 0;
+  end if;
+
+  select array_agg(pair.user_id order by pair.pair_number) as user_ids,
+         array_agg(pair.specialization order by pair.pair_number) as specializations,
+         array_agg(pair.side order by pair.pair_number) as sides,
+         array_agg(pair.change order by pair.pair_number) as changes,
+         array_agg(pair.queue_id order by pair.pair_number) as queue_ids,
+         array_agg(pair.attempts order by pair.pair_number) as attempts
+    into free
+    from level_sync._lock_free_pairs(pairs.user_ids, pairs.specializations) as lockable
+    join unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.queue_ids, pairs.attempts)
+           with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, pair_number)
+      on pair.pair_number = lockable.pair_number;
+
+  -- Somebody else is at work on these: not a failure, only later.
+  update level_sync.sync_queue as queued
+     set next_attempt_at = clock_timestamp() + rule.retry_backoff,
+         attempts = coalesce(pair.attempts, 0)
+    from unnest(pairs.user_ids, pairs.queue_ids, pairs.attempts) as pair (user_id, queue_id, attempts)
+   where queued.user_id = pair.user_id
+     and queued.queue_id = pair.queue_id
+     and not exists (select from unnest(free.queue_ids) as free_entry (queue_id) where free_entry.queue_id = pair.queue_id);
+  if free.user_ids is null then
+    return cardinality(pairs.user_ids);
+  end if;
+
+  select * into failures
+    from level_sync._carry_pairs_that_can(free.user_ids, free.specializations, free.sides, free.changes,
+                                          'trigger', null, 1000000);
+
+  with outcome as materialized (
+    select pair.user_id, pair.queue_id, coalesce(pair.attempts, 0) + 1 as attempts,
+           unequal.pair_number is null as is_done,
+           coalesce(failed.state, '55000') as state,
+           coalesce(failed.message, 'the level did not arrive: a trigger of the other table changed or dropped the write') as message
+      from unnest(free.user_ids, free.queue_ids, free.attempts) with ordinality
+             as pair (user_id, queue_id, attempts, pair_number)
+      left join level_sync._unequal_pairs(free.user_ids, free.specializations) as unequal
+        on unequal.pair_number = pair.pair_number
+      left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
+                  as failed (pair_number, state, message)
+        on failed.pair_number = pair.pair_number
+  ), done as (
+    delete from level_sync.sync_queue as queued
+     using outcome
+     where outcome.is_done
+       and queued.user_id = outcome.user_id
+       and queued.queue_id = outcome.queue_id
+  )
+  update level_sync.sync_queue as queued
+     set attempts        = outcome.attempts,
+         sqlstate        = outcome.state,
+         message         = outcome.message,
+         next_attempt_at = clock_timestamp() + rule.retry_backoff * power(2, least(outcome.attempts - 1, 10)),
+         dead_at         = case when outcome.attempts >= rule.max_attempts then clock_timestamp() end
+    from outcome
+   where not outcome.is_done
+     and queued.user_id = outcome.user_id
+     and queued.queue_id = outcome.queue_id;
+
+  return cardinality(pairs.user_ids);
+end
+$$;
+
+comment on function level_sync._drain_batch() is
+  'Tries one batch of due pairs again, in one transaction. Returns how many pairs it took; 0 when none is due.';
+
+-- It commits after each batch, so it can neither be SECURITY DEFINER nor have a SET clause.
+create or replace procedure level_sync.drain_queue()
+  language plpgsql
+as $$
+declare
+  is_inside_transaction constant boolean := pg_catalog.transaction_timestamp() <> pg_catalog.statement_timestamp();
+begin
+  while level_sync._drain_batch() operator(pg_catalog.>) 0 loop
+    if not is_inside_transaction then
+      commit;
+    end if;
+  end loop;
+end
+$$;
+
+comment on procedure level_sync.drain_queue() is
+  'Tries every due pair of sync_queue again, from the live rows, batch_size pairs a transaction. Inside a transaction block it works as one transaction. What fails waits for retry_backoff, twice as long each time, and is dead after max_attempts.';

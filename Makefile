@@ -1,0 +1,47 @@
+# make demo   the story, on an embedded PostgreSQL that stays up for a look around; make stop removes it
+# make test   everything the tests need, then the tests
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo psql stop test proof clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	@$(BIN)/level-sync demo
+
+psql: $(VENV)/.demo
+	@$(BIN)/level-sync demo --psql
+
+stop:
+	@if [ -x $(BIN)/level-sync ]; then $(BIN)/level-sync demo --stop; else echo "No demo is running."; fi
+
+test: $(VENV)/.test
+	@tests/install_server_packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+proof: $(VENV)/.test
+	@tests/install_server_packages
+	$(BIN)/pytest --proof
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "level_sync needs Python 3.10 or newer; say which with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.pip pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable . --group test
+	@touch $@

@@ -1,0 +1,7 @@
+"""After the migrations: the code in sql/, always the one that ships with them."""
+
+from yoyo import step
+
+from level_sync.install import load_code
+
+steps = [step(load_code)]

@@ -1,0 +1,149 @@
+"""Installs level_sync into a database and takes it away again.
+
+State (tables, constraints) is versioned in migrations/ and applied by yoyo; code (functions, triggers, views) stands in
+sql/ and is loaded whole each time. Both stand beside this package in a wheel, and at the top of the source tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import yoyo
+from psycopg.conninfo import conninfo_to_dict
+from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
+from yoyo.connections import DatabaseURI
+from yoyo.exceptions import LockTimeout
+
+from level_sync.database import libpq_dsn, queries
+
+SCHEMA = "level_sync"
+LOCK_TIMEOUT = "500ms"  # how long one try of a step may make writers queue behind it
+LOCK_TRIES = 40
+
+
+class MigrateError(Exception):
+    """Migrate or rollback could not finish; the message says why and what to do."""
+
+
+def shipped(name: str) -> Path:
+    """Folder of shipped SQL, `sql` or `migrations`: inside an installed wheel or at the top of the source tree."""
+    here = Path(__file__).resolve().parent
+    inside_wheel = here / name
+    return inside_wheel if inside_wheel.is_dir() else here.parents[1] / name
+
+
+def load_code(connection: psycopg.Connection[Any]) -> None:
+    """Loads every file of sql/ in order: in the transaction the caller has open, or in one of its own."""
+    with connection.transaction():
+        queries.resolve_nothing_but_pg_catalog(connection)
+        for file in sorted(shipped("sql").glob("*.sql")):
+            connection.execute(file.read_bytes())
+
+
+class LevelSyncBackend(PostgresqlPsycopgBackend):  # type: ignore[misc]
+    """yoyo's psycopg 3 backend (`postgresql+psycopg://`) with its bookkeeping in schema level_sync.
+
+    Its lock is an advisory lock of the session, so a run that was killed leaves no lock to break.
+    """
+
+    _is_locked: bool
+
+    def connect(self, dburi: DatabaseURI) -> psycopg.Connection[Any]:
+        # An empty name would be taken for the user's name; without one libpq reads PGDATABASE.
+        connection: psycopg.Connection[Any] = super().connect(dburi._replace(database=dburi.database or None))
+        queries.limit_lock_wait(connection, lock_timeout=LOCK_TIMEOUT)
+        return connection
+
+    def init_connection(self, connection: psycopg.Connection[Any]) -> None:
+        queries.use_only_our_schema(connection)
+
+    def init_database(self) -> None:
+        with self.lock():
+            if not queries.has_schema(self.connection):
+                queries.create_schema(self.connection)
+
+    @contextlib.contextmanager
+    def lock(self, timeout: float = 10) -> Iterator[None]:
+        """One migrate at a time; another one waits up to `timeout` seconds, then raises LockTimeout."""
+        if self._is_locked:
+            yield
+            return
+        deadline = time.monotonic() + timeout
+        while not queries.try_migrate_lock(self.connection):
+            if time.monotonic() > deadline:
+                raise LockTimeout("another migrate or rollback is at work in this database")
+            time.sleep(0.1)
+        self._is_locked = True
+        try:
+            yield
+        finally:
+            self._is_locked = False
+            queries.release_migrate_lock(self.connection)
+
+
+@contextlib.contextmanager
+def _locked_backend(dsn: str) -> Iterator[LevelSyncBackend]:
+    arguments = conninfo_to_dict(libpq_dsn(dsn))
+    uri = DatabaseURI("postgresql+levelsync", None, None, None, None, None, arguments)
+    try:
+        with LevelSyncBackend(uri, yoyo.default_migration_table) as backend:
+            backend.init_database()
+            with backend.lock():
+                yield backend
+    except LockTimeout as error:
+        raise MigrateError(f"{error}; wait for it, then run this again") from error
+
+
+def _patiently(step: Callable[[], None]) -> None:
+    """Tries a step again while live traffic holds the locks it needs; each try blocks writers LOCK_TIMEOUT at most."""
+    for tried in range(1, LOCK_TRIES + 1):
+        try:
+            step()
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            if tried == LOCK_TRIES:
+                raise MigrateError(
+                    f"live transactions held the tables through {LOCK_TRIES} tries of {LOCK_TIMEOUT}; "
+                    "nothing is half done. Run this again in a quieter moment."
+                ) from error
+            time.sleep(min(0.1 * tried, 1.0))
+        else:
+            return
+
+
+def migrate(dsn: str) -> list[str]:
+    """Brings the database up to date and returns the ids of the migrations that were applied.
+
+    Idempotent, and safe to run again after it was killed. Raises MigrateError where another migrate is at work or the
+    tables stay locked, and psycopg.Error where a statement fails.
+    """
+    applied: list[str] = []
+    with _locked_backend(dsn) as backend:
+        migrations = yoyo.read_migrations(str(shipped("migrations")))
+        for migration in backend.to_apply(migrations):
+            _patiently(lambda migration=migration: backend.apply_one(migration))  # type: ignore[misc]
+            applied.append(migration.id)
+        _patiently(lambda: backend.run_post_apply(migrations))
+    return applied
+
+
+def rollback(dsn: str) -> list[str]:
+    """Removes everything of level_sync and returns the ids of the migrations that were rolled back.
+
+    The application's tables and rows stay, and what migrate changed on tables it did not create is put back.
+    Raises as migrate does.
+    """
+    undone: list[str] = []
+    with _locked_backend(dsn) as backend:
+        # First, so that no write meets a trigger whose functions or tables are already gone.
+        if queries.has_remove_triggers(backend.connection):
+            _patiently(lambda: queries.remove_triggers(backend.connection))
+        for migration in backend.to_rollback(yoyo.read_migrations(str(shipped("migrations")))):
+            _patiently(lambda migration=migration: backend.rollback_one(migration))  # type: ignore[misc]
+            undone.append(migration.id)
+        queries.drop_schema(backend.connection)
+    return undone

@@ -1,0 +1,79 @@
+-- All SQL that the Python package sends. aiosql reads it; `^` returns one row, `$` one value, `!` nothing.
+
+-- name: try_migrate_lock()$
+-- One migrate at a time in a database; the lock is the session's, so a killed run leaves nothing behind.
+select pg_try_advisory_lock(hashtext('level_sync migrate'))
+
+-- name: release_migrate_lock()$
+select pg_advisory_unlock(hashtext('level_sync migrate'))
+
+-- name: has_schema()$
+select to_regnamespace('level_sync') is not null
+
+-- name: create_schema()!
+create schema level_sync
+
+-- name: drop_schema()!
+-- After a rollback only yoyo's bookkeeping is left in it.
+drop schema level_sync cascade
+
+-- name: use_only_our_schema()!
+set search_path to level_sync
+
+-- name: resolve_nothing_but_pg_catalog()!
+set local search_path to pg_catalog
+
+-- name: limit_lock_wait(lock_timeout)$
+-- How long a step may make writers queue behind it.
+select set_config('lock_timeout', :lock_timeout, false)
+
+-- name: has_remove_triggers()$
+select to_regprocedure('level_sync._remove_triggers()') is not null
+
+-- name: remove_triggers()!
+select level_sync._remove_triggers()
+
+-- name: count_user_tables()$
+-- Anything at all that is not the server's own.
+select count(*)
+  from pg_class as relation
+  join pg_namespace as namespace on namespace.oid = relation.relnamespace
+ where namespace.nspname <> 'information_schema'
+   and namespace.nspname !~ '^pg_'
+
+-- name: status()^
+select current_database() as database,
+       current_setting('server_version') as server_version,
+       (select count(*) from public.specialization_progress) as progress_rows,
+       (select count(*) from public.user_licenses) as license_rows,
+       (select count(*) from level_sync.sync_queue where dead_at is null) as queued,
+       (select count(*) from level_sync.sync_queue where dead_at is not null) as dead,
+       (select extract(epoch from clock_timestamp() - min(queued_at))::bigint
+          from level_sync.sync_queue where dead_at is null) as oldest_queued_seconds,
+       (select max(occurred_at) from level_sync.sync_events) as last_event_at
+
+-- name: desyncs_by_type()
+select issue_type, specialization, count(*) as pairs
+  from level_sync.desync_issues
+ group by issue_type, specialization
+ order by issue_type, specialization
+
+-- name: settings()^
+select conflict_policy, on_error, on_delete, lock_wait, inline_limit, batch_size, repair_limit, max_attempts,
+       retry_backoff, schedule, misfire_grace, log_retention, event_retention
+  from level_sync.settings
+
+-- name: events(user_id, specialization, row_limit)
+select event_id, occurred_at, user_id, specialization, direction, action, old_level, new_level,
+       source, run_id, session_role, actor, reason, transaction_id::text as transaction_id
+  from level_sync.sync_events
+ where (:user_id::bigint is null or user_id = :user_id)
+   and (:specialization::text is null or specialization = :specialization)
+ order by event_id desc
+ limit :row_limit
+
+-- name: queue(row_limit)
+select queue_id, queued_at, user_id, specialization, side, change, sqlstate, message, attempts, next_attempt_at, dead_at
+  from level_sync.sync_queue
+ order by queue_id
+ limit :row_limit

@@ -1,0 +1,73 @@
+-- The one definition of a desync: a pair whose sides differ, or of which one side is missing.
+-- On the covering primary keys it is an index-only merge join.
+
+create or replace view level_sync.desync_issues as
+select coalesce(progress.student_id, license.user_id) as user_id,
+       coalesce(progress.specialization_id, license.specialization_type)::text as specialization,
+       issue.issue_type,
+       progress.current_level as progress_level,
+       license.current_level as license_level,
+       abs(progress.current_level - license.current_level) as difference,
+       case issue.issue_type
+         when 'missing_license' then 'create_license'
+         when 'missing_progress' then 'create_progress'
+         else (
+           select case settings.conflict_policy
+                    when 'progress_wins' then 'update_license'
+                    when 'license_wins'  then 'update_progress'
+                    when 'highest_wins'  then case when license.current_level > progress.current_level
+                                                   then 'update_progress' else 'update_license' end
+                    when 'latest_wins'   then (
+                      -- Looked up here, for the few pairs that differ: the scan above stays index-only.
+                      select case when issued.last_advanced_at > earned.last_activity
+                                  then 'update_progress' else 'update_license' end
+                        from public.specialization_progress as earned
+                        join public.user_licenses as issued
+                          on issued.user_id = earned.student_id and issued.specialization_type = earned.specialization_id
+                       where earned.student_id = progress.student_id
+                         and earned.specialization_id = progress.specialization_id)
+                    else 'report_only'
+                  end
+             from level_sync.settings)
+       end as recommended_action
+  from public.specialization_progress as progress
+  full join public.user_licenses as license
+    on license.user_id = progress.student_id
+   and license.specialization_type = progress.specialization_id
+ cross join lateral (
+   select case when license.user_id is null then 'missing_license'
+               when progress.student_id is null then 'missing_progress'
+               else 'level_mismatch'
+          end as issue_type
+ ) as issue
+ where progress.student_id is null
+    or license.user_id is null
+    or progress.current_level is distinct from license.current_level;
+
+comment on view level_sync.desync_issues is
+  'Every pair whose sides differ: level_mismatch, missing_license or missing_progress. Empty when all is well.';
+comment on column level_sync.desync_issues.user_id is 'users.id of the pair.';
+comment on column level_sync.desync_issues.specialization is 'specializations.id of the pair.';
+comment on column level_sync.desync_issues.issue_type is 'level_mismatch, missing_license or missing_progress.';
+comment on column level_sync.desync_issues.progress_level is 'specialization_progress.current_level; NULL where the row is missing.';
+comment on column level_sync.desync_issues.license_level is 'user_licenses.current_level; NULL where the row is missing.';
+comment on column level_sync.desync_issues.difference is 'Levels between the two sides; NULL where one is missing.';
+comment on column level_sync.desync_issues.recommended_action is
+  'create_license, create_progress, update_license, update_progress or report_only, after settings.conflict_policy.';
+
+create or replace function level_sync.find_desync_issues(specialization text default null)
+  returns setof level_sync.desync_issues
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select issues.*
+    from level_sync.desync_issues as issues
+   where find_desync_issues.specialization is null
+      or issues.specialization = find_desync_issues.specialization
+   order by issues.user_id, issues.specialization
+$$;
+
+comment on function level_sync.find_desync_issues(text) is
+  'The rows of desync_issues for one specialization, or all of them for NULL, in key order.';

@@ -1,0 +1,225 @@
+-- The academy's own two acts: a student earns XP, an admin advances a license. Each writes its own side only;
+-- the triggers carry the level, and sync_result tells how that went.
+
+create or replace function level_sync._sync_result(user_id bigint, specialization text, side text, target_level_before integer)
+  returns jsonb
+  language plpgsql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  levels record;
+  action text;
+begin
+  select * into levels from level_sync._pair_levels(user_id, specialization, side);
+  action := case
+    when levels.has_target and levels.target_level is not distinct from levels.source_level then
+      case when target_level_before is null then 'created'
+           when target_level_before is distinct from levels.target_level then 'updated'
+           else 'none' end
+    when exists (
+      select from level_sync.pending_pairs as pending
+       where pending.transaction_id = pg_current_xact_id_if_assigned()
+         and pending.user_id = _sync_result.user_id
+         and pending.specialization = _sync_result.specialization) then 'at_commit'
+    else 'queued'
+  end;
+  return jsonb_build_object(
+    'success', action not in ('queued', 'at_commit'),
+    'action', action,
+    'old_level', target_level_before,
+    'new_level', levels.target_level,
+    'message', case action
+      when 'at_commit' then 'the other side follows when this transaction commits'
+      when 'queued' then 'the other side could not follow yet; the pair is in level_sync.sync_queue'
+      when 'none' then format('both sides have level %s', levels.target_level)
+      else format('%s %s at level %s', case side when 'progress' then 'license' else 'progress' end, action, levels.target_level)
+    end);
+end
+$$;
+
+comment on function level_sync._sync_result(bigint, text, text, integer) is
+  'How the other side of a pair has followed: created, updated, none, at_commit or queued.';
+
+create or replace function level_sync.update_progress(
+    student_id bigint, specialization_id text,
+    xp_gained bigint default 0, sessions_completed integer default 0, projects_completed integer default 0)
+  returns jsonb
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  specialization record;
+  before         record;
+  license_before integer;
+  xp_total       bigint;
+  session_total  integer;
+  project_total  integer;
+  new_level      integer;
+begin
+  if xp_gained is null or sessions_completed is null or projects_completed is null then
+    raise null_value_not_allowed using
+      message = 'xp_gained, sessions_completed and projects_completed must be numbers, not NULL';
+  end if;
+  if student_id is null or not exists (select from public.users where users.id = update_progress.student_id) then
+    raise no_data_found using
+      message = format('there is no student %s', coalesce(student_id::text, 'NULL')),
+      hint    = 'student_id is users.id.';
+  end if;
+  select known.id, known.max_levels
+    into specialization
+    from public.specializations as known
+   where known.id = update_progress.specialization_id;
+  if not found then
+    raise no_data_found using
+      message = format('there is no specialization %L', specialization_id),
+      hint    = format('Known are %s.', (select string_agg(known.id::text, ', ' order by known.id) from public.specializations as known));
+  end if;
+
+  select license.current_level
+    into license_before
+    from public.user_licenses as license
+   where license.user_id = update_progress.student_id
+     and license.specialization_type = update_progress.specialization_id;
+
+  insert into public.specialization_progress
+         (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects)
+  values (update_progress.student_id, update_progress.specialization_id, 1, 0, 0, 0)
+  on conflict do nothing;
+
+  select progress.current_level, progress.total_xp, progress.completed_sessions, progress.completed_projects
+    into before
+    from public.specialization_progress as progress
+   where progress.student_id = update_progress.student_id
+     and progress.specialization_id = update_progress.specialization_id
+     for no key update;
+
+  xp_total       := coalesce(before.total_xp, 0) + xp_gained;
+  session_total  := coalesce(before.completed_sessions, 0) + sessions_completed;
+  project_total  := coalesce(before.completed_projects, 0) + projects_completed;
+  if xp_total < 0 or session_total < 0 or project_total < 0 then
+    raise check_violation using
+      message = format('student %s in %s would have a total below zero: XP %s, sessions %s, projects %s',
+                       student_id, specialization_id, xp_total, session_total, project_total),
+      hint    = format('They have XP %s, sessions %s, projects %s now.',
+                       before.total_xp, before.completed_sessions, before.completed_projects);
+  end if;
+
+  -- Every step up to the new level must be reached, without a gap.
+  select coalesce(max(step.level), before.current_level)
+    into new_level
+    from (
+      select rung.level,
+             bool_and(rung.required_xp <= xp_total and rung.required_sessions <= session_total)
+               over (order by rung.level) as is_reached,
+             rung.level - row_number() over (order by rung.level) = before.current_level as has_no_gap
+        from public.specialization_levels as rung
+       where rung.specialization_id = update_progress.specialization_id
+         and rung.level > before.current_level
+         and rung.level <= coalesce(specialization.max_levels, rung.level)
+    ) as step
+   where step.is_reached
+     and step.has_no_gap;
+
+  update public.specialization_progress as progress
+     set total_xp           = xp_total,
+         completed_sessions = session_total,
+         completed_projects = project_total,
+         current_level      = new_level,
+         last_activity      = clock_timestamp()
+   where progress.student_id = update_progress.student_id
+     and progress.specialization_id = update_progress.specialization_id;
+
+  return jsonb_build_object(
+    'success', true,
+    'student_id', student_id,
+    'specialization_id', specialization_id,
+    'leveled_up', new_level > before.current_level,
+    'old_level', before.current_level,
+    'new_level', new_level,
+    'level_name', (
+      select rung.name
+        from public.specialization_levels as rung
+       where rung.specialization_id = update_progress.specialization_id and rung.level = new_level),
+    'total_xp', xp_total,
+    'completed_sessions', session_total,
+    'completed_projects', project_total,
+    'sync_result', level_sync._sync_result(student_id, specialization_id, 'progress', license_before));
+end
+$$;
+
+comment on function level_sync.update_progress(bigint, text, bigint, integer, integer) is
+  'Adds XP, sessions and projects (negative ones correct a mistake) and applies every level-up that specialization_levels allows. Creates the progress where it is missing; never takes a level away. Returns jsonb: leveled_up, old_level, new_level, level_name, totals, sync_result. Raises no_data_found for an unknown student or specialization, check_violation for a total below zero.';
+
+create or replace function level_sync.advance_license(
+    user_id bigint, specialization text, target_level integer, advanced_by text default null, reason text default null)
+  returns jsonb
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  outer_actor     text := current_setting('level_sync.actor', true);
+  outer_reason    text := current_setting('level_sync.reason', true);
+  old_level       integer;
+  max_levels      integer;
+  progress_before integer;
+  refusal         text;
+begin
+  select license.current_level
+    into old_level
+    from public.user_licenses as license
+   where license.user_id = advance_license.user_id
+     and license.specialization_type = advance_license.specialization
+     for no key update;
+  if not found then
+    refusal := format('user %s has no license in %s', coalesce(user_id::text, 'NULL'), coalesce(specialization, 'NULL'));
+  end if;
+  select known.max_levels
+    into max_levels
+    from public.specializations as known
+   where known.id = advance_license.specialization;
+  refusal := coalesce(refusal, case
+    when target_level is null then 'target_level must be a number, not NULL'
+    when target_level <= old_level then
+      format('target level %s is not above the current level %s of user %s in %s', target_level, old_level, user_id, specialization)
+    when target_level > max_levels then
+      format('target level %s is above the highest level %s of %s', target_level, max_levels, specialization)
+    when target_level < 1 then format('target level %s is below 1', target_level)
+  end);
+
+  if refusal is not null then
+    return jsonb_build_object(
+      'success', false, 'user_id', user_id, 'specialization', specialization,
+      'old_level', old_level, 'new_level', old_level, 'message', refusal, 'sync_result', null);
+  end if;
+
+  select progress.current_level
+    into progress_before
+    from public.specialization_progress as progress
+   where progress.student_id = advance_license.user_id
+     and progress.specialization_id = advance_license.specialization;
+
+  perform set_config('level_sync.actor', coalesce(advanced_by, outer_actor), true),
+          set_config('level_sync.reason', coalesce(advance_license.reason, outer_reason), true);
+  update public.user_licenses as license
+     set current_level      = target_level,
+         max_achieved_level = greatest(license.max_achieved_level, target_level),
+         last_advanced_at   = clock_timestamp()
+   where license.user_id = advance_license.user_id
+     and license.specialization_type = advance_license.specialization;
+  perform set_config('level_sync.actor', coalesce(outer_actor, ''), true),
+          set_config('level_sync.reason', coalesce(outer_reason, ''), true);
+
+  return jsonb_build_object(
+    'success', true, 'user_id', user_id, 'specialization', specialization,
+    'old_level', old_level, 'new_level', target_level,
+    'message', format('license of user %s in %s advanced from level %s to %s', user_id, specialization, old_level, target_level),
+    'advanced_by', advanced_by, 'reason', reason,
+    'sync_result', level_sync._sync_result(user_id, specialization, 'license', progress_before));
+end
+$$;
+
+comment on function level_sync.advance_license(bigint, text, integer, text, text) is
+  'Raises a license to a higher level; advanced_by and reason stand in sync_events as actor and reason. Returns jsonb: success, old_level, new_level, message, advanced_by, reason, sync_result. A target that is not above the current level or above max_levels is refused with success = false and a message.';

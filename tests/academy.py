@@ -1,0 +1,85 @@
+"""What tests ask the academy's tables again and again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+
+Connection = psycopg.Connection[Any]
+
+PROGRESS = "specialization_progress"
+LICENSE = "user_licenses"
+KEY = {PROGRESS: ("student_id", "specialization_id"), LICENSE: ("user_id", "specialization_type")}
+OTHER = {PROGRESS: LICENSE, LICENSE: PROGRESS}
+SIDE = {PROGRESS: "progress", LICENSE: "license"}
+
+
+def add_pair(db: Connection, user: int, specialization: str = "PLAYER", level: int = 3) -> None:
+    """A user with both rows at one level; the license comes from the trigger."""
+    db.execute("insert into users (id) values (%s) on conflict do nothing", [user])
+    insert(db, PROGRESS, user, level, specialization)
+
+
+def insert(db: Connection, table: str, user: int, level: int | None, specialization: str = "PLAYER") -> None:
+    user_column, specialization_column = KEY[table]
+    db.execute(
+        f"insert into {table} ({user_column}, {specialization_column}, current_level) values (%s, %s, %s)",
+        [user, specialization, level],
+    )
+
+
+def set_level(db: Connection, table: str, user: int, level: int | None, specialization: str = "PLAYER") -> None:
+    user_column, specialization_column = KEY[table]
+    db.execute(
+        f"update {table} set current_level = %s where {user_column} = %s and {specialization_column} = %s",
+        [level, user, specialization],
+    )
+
+
+def delete(db: Connection, table: str, user: int, specialization: str = "PLAYER") -> None:
+    user_column, specialization_column = KEY[table]
+    db.execute(f"delete from {table} where {user_column} = %s and {specialization_column} = %s", [user, specialization])
+
+
+def level(db: Connection, table: str, user: int, specialization: str = "PLAYER") -> int | None:
+    """The level on one side; None where the row is missing (or its level is NULL)."""
+    user_column, specialization_column = KEY[table]
+    row = db.execute(
+        f"select current_level from {table} where {user_column} = %s and {specialization_column} = %s",
+        [user, specialization],
+    ).fetchone()
+    return None if row is None else row[0]
+
+
+def levels(db: Connection, user: int, specialization: str = "PLAYER") -> tuple[int | None, int | None]:
+    """(progress level, license level) of a pair."""
+    return level(db, PROGRESS, user, specialization), level(db, LICENSE, user, specialization)
+
+
+def queued(db: Connection) -> list[tuple[Any, ...]]:
+    """(user_id, specialization, side, change, sqlstate) of every queued pair, oldest first."""
+    return db.execute(
+        "select user_id, specialization, side, change, sqlstate from level_sync.sync_queue order by queue_id"
+    ).fetchall()
+
+
+def events(db: Connection, user: int) -> list[tuple[Any, ...]]:
+    """(direction, action, old_level, new_level, source) of a user's events, oldest first."""
+    return db.execute(
+        "select direction, action, old_level, new_level, source from level_sync.sync_events"
+        " where user_id = %s order by event_id",
+        [user],
+    ).fetchall()
+
+
+def drain(db: Connection) -> None:
+    """Drains everything that is queued, due or not."""
+    db.execute("update level_sync.sync_queue set next_attempt_at = '-infinity' where dead_at is null")
+    db.execute("call level_sync.drain_queue()")
+
+
+def configure(db: Connection, **settings: Any) -> None:
+    """configure(db, on_delete='propagate') changes settings."""
+    for name, value in settings.items():
+        db.execute(f"update level_sync.settings set {name} = %s", [value])

@@ -1,0 +1,163 @@
+"""Every test gets a database of its own, cloned from a migrated template, on each of the servers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from level_sync import install
+from servers import EmbeddedServer, Server, SystemServer, system_binaries
+
+TEMPLATE = "migrated_template"
+_numbers = itertools.count(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "leftovers: this test leaves a desync, a queued pair or a changed schema behind on purpose"
+    )
+
+
+def _start(name: str) -> Server:
+    if name == "embedded":
+        return EmbeddedServer()
+    binaries = system_binaries()
+    if binaries is None:
+        reason = "no PostgreSQL from system packages here, and installing it needs root on Debian or Ubuntu"
+        if os.geteuid() == 0 and Path("/etc/debian_version").exists():
+            pytest.fail("PostgreSQL's packages are missing: run tests/install_server_packages first")
+        pytest.skip(reason)
+    return SystemServer(binaries)
+
+
+@pytest.fixture(scope="session", params=["system", "embedded"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A running server: Debian's PostgreSQL, then the embedded one. It has a migrated template database."""
+    server = _start(request.param)
+    try:
+        with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+            connection.execute(f"create database {TEMPLATE}")
+        install.migrate(dsn_of(server, TEMPLATE))
+        yield server
+    finally:
+        server.stop()
+
+
+def dsn_of(server: Server, database: str, user: str = "postgres") -> str:
+    return f"host={server.directory} dbname={database} user={user}"
+
+
+@dataclass
+class Database:
+    """A test's own database. Connections made with connect() are closed when the test ends."""
+
+    server: Server
+    name: str
+    _connections: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def dsn(self) -> str:
+        return dsn_of(self.server, self.name)
+
+    def connect(self, user: str = "postgres", *, autocommit: bool = True, **options: Any) -> psycopg.Connection[Any]:
+        """Opens one more session; rows are tuples."""
+        connection = psycopg.connect(dsn_of(self.server, self.name, user), autocommit=autocommit, **options)
+        return self._connections.enter_context(_Closing(connection))
+
+    def close(self) -> None:
+        self._connections.close()
+
+
+class _Closing:
+    """Closes without committing: what a test left open is rolled back, not kept."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self.connection = connection
+
+    def __enter__(self) -> psycopg.Connection[Any]:
+        return self.connection
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+
+def _clone(server: Server, template: str | None) -> Iterator[Database]:
+    name = f"test_{next(_numbers)}"
+    with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as admin:
+        clone = sql.SQL("create database {} template {}").format(
+            sql.Identifier(name), sql.Identifier(template or "template0")
+        )
+        admin.execute(clone)
+        database = Database(server, name)
+        try:
+            yield database
+            database.close()
+            _assert_nothing_is_left_open(admin, name)
+        finally:
+            database.close()
+            admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+def _assert_nothing_is_left_open(admin: psycopg.Connection[Any], name: str) -> None:
+    prepared = admin.execute("select gid from pg_prepared_xacts where database = %s", [name]).fetchall()
+    for (gid,) in prepared:
+        with psycopg.connect(admin.info.dsn, dbname=name, autocommit=True) as connection:
+            connection.execute(sql.SQL("rollback prepared {}").format(sql.Literal(gid)))
+    assert prepared == [], "a prepared transaction was left behind"
+    sessions: list[Any] = []
+    for _ in range(50):
+        sessions = admin.execute(
+            "select pid, state, query from pg_stat_activity where datname = %s and backend_type = 'client backend'",
+            [name],
+        ).fetchall()
+        if not sessions:
+            return
+        time.sleep(0.1)  # a backend needs a moment to notice that its client is gone
+    pytest.fail(f"sessions were left open: {sessions}")
+
+
+@pytest.fixture
+def database(server: Server, request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A migrated database of this test's own. At the end all pairs must be equal and nothing may wait in a queue."""
+    for database in _clone(server, TEMPLATE):
+        yield database
+        if request.node.get_closest_marker("leftovers") is None:
+            _assert_in_step(database.connect())
+
+
+@pytest.fixture
+def empty_database(server: Server) -> Iterator[Database]:
+    """An empty database of this test's own."""
+    yield from _clone(server, None)
+
+
+def _assert_in_step(connection: psycopg.Connection[Any]) -> None:
+    assert connection.execute("select * from level_sync.desync_issues limit 5").fetchall() == []
+    assert connection.execute("select * from level_sync.sync_queue limit 5").fetchall() == []
+    assert connection.execute("select * from level_sync.pending_pairs limit 5").fetchall() == []
+
+
+@pytest.fixture
+def db(database: Database) -> psycopg.Connection[Any]:
+    """A superuser's autocommit session in this test's database; rows are tuples."""
+    return database.connect()
+
+
+@pytest.fixture
+def users(db: psycopg.Connection[Any]) -> Callable[[int], None]:
+    """users(n) adds the users 1 to n."""
+
+    def add(count: int) -> None:
+        db.execute("insert into users (id, name) select n, 'user ' || n from generate_series(1, %s) as n", [count])
+
+    return add
