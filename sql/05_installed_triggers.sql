@@ -41,6 +41,20 @@ $$;
 comment on function level_sync._ensure_trigger(regclass, name, text, text) is
   'Makes a trigger from its CREATE TRIGGER statement, unless it is there and enabled exactly as made before.';
 
+-- A statement trigger on a partitioned table does not see statements on its partitions: those get their own.
+create or replace function level_sync._table_and_partitions(relation regclass)
+  returns setof regclass
+  language sql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select _table_and_partitions.relation
+   union
+  select part.relid from pg_partition_tree(_table_and_partitions.relation) as part
+$$;
+
+comment on function level_sync._table_and_partitions(regclass) is 'A table, and every partition below it.';
+
 create or replace function level_sync._remove_triggers()
   returns void
   language plpgsql

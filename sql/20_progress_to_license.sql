@@ -415,9 +415,10 @@ $$;
 comment on function level_sync.judge_truncated_progress() is
   'Raises restrict_violation where a TRUNCATE leaves licenses without progress.';
 
-select level_sync._ensure_trigger('public.specialization_progress', 'progress_truncated', $trigger$
+select level_sync._ensure_trigger(part.relation, 'progress_truncated', format($trigger$
   create trigger progress_truncated
-    after truncate on public.specialization_progress
+    after truncate on %s
     for each statement
     execute function level_sync.judge_truncated_progress()
-$trigger$, 'TRUNCATE is refused unless both tables are empty afterwards.');
+$trigger$, part.relation), 'TRUNCATE is refused unless no license stands alone afterwards.')
+  from level_sync._table_and_partitions('public.specialization_progress') as part (relation);

@@ -411,9 +411,10 @@ $$;
 comment on function level_sync.judge_truncated_licenses() is
   'Raises restrict_violation where a TRUNCATE leaves progress without licenses.';
 
-select level_sync._ensure_trigger('public.user_licenses', 'licenses_truncated', $trigger$
+select level_sync._ensure_trigger(part.relation, 'licenses_truncated', format($trigger$
   create trigger licenses_truncated
-    after truncate on public.user_licenses
+    after truncate on %s
     for each statement
     execute function level_sync.judge_truncated_licenses()
-$trigger$, 'TRUNCATE is refused unless both tables are empty afterwards.');
+$trigger$, part.relation), 'TRUNCATE is refused unless no progress stands alone afterwards.')
+  from level_sync._table_and_partitions('public.user_licenses') as part (relation);

