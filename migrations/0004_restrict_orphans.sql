@@ -9,6 +9,9 @@ declare
   drops  text;
   adds   text;
 begin
+  -- So that every name below, also in the SQL kept for a rollback, comes out with its schema.
+  perform set_config('search_path', 'pg_catalog', true);
+
   for wanted in
     select key.*,
            key.on_table::pg_catalog.regclass as relation,

@@ -6,8 +6,7 @@ declare
   target     text;
 begin
   for documented in
-    select doc.*, doc.on_table::pg_catalog.regclass as relation,
-           coalesce(part.attnum, 0) as column_number
+    select doc.*
       from (values
         ('public.specialization_progress', null, 'What a student earned: one row per student and specialization. Its level is kept equal to user_licenses.current_level by level_sync.'),
         ('public.specialization_progress', 'student_id', 'users.id of the student.'),
@@ -30,8 +29,8 @@ begin
      where pg_catalog.obj_description(doc.on_table::pg_catalog.regclass, 'pg_class') is null and doc.on_column is null
         or pg_catalog.col_description(doc.on_table::pg_catalog.regclass, part.attnum) is null and part.attnum is not null
   loop
-    target := case when documented.on_column is null then format('table %s', documented.relation)
-                   else format('column %s.%I', documented.relation, documented.on_column) end;
+    target := case when documented.on_column is null then format('table %s', documented.on_table)
+                   else format('column %s.%I', documented.on_table, documented.on_column) end;
     execute format('comment on %s is %L', target, documented.text);
     insert into level_sync.application_changes (change, undo_sql)
     values ('commented ' || target, format('comment on %s is null', target));

@@ -42,15 +42,17 @@ comment on function level_sync._ensure_trigger(regclass, name, text, text) is
   'Makes a trigger from its CREATE TRIGGER statement, unless it is there and enabled exactly as made before.';
 
 -- A statement trigger on a partitioned table does not see statements on its partitions: those get their own.
-create or replace function level_sync._table_and_partitions(relation regclass)
-  returns setof regclass
+create or replace function level_sync._table_and_partitions(root regclass)
+  returns table (relation regclass, qualified_name text)
   language sql
   stable
   set search_path = pg_catalog, pg_temp
 as $$
-  select _table_and_partitions.relation
-   union
-  select part.relid from pg_partition_tree(_table_and_partitions.relation) as part
+  select pg_class.oid, format('%I.%I', pg_namespace.nspname, pg_class.relname)
+    from pg_class
+    join pg_namespace on pg_namespace.oid = pg_class.relnamespace
+   where pg_class.oid = root
+      or pg_class.oid in (select part.relid from pg_partition_tree(root) as part)
 $$;
 
 comment on function level_sync._table_and_partitions(regclass) is 'A table, and every partition below it.';

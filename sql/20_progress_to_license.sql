@@ -8,20 +8,22 @@ create or replace function level_sync.carry_progress()
   set search_path = pg_catalog, pg_temp
 as $$
 declare
-  change             text    := case tg_op when 'INSERT' then 'created' else 'level_changed' end;
-  pending            text    := current_setting('level_sync.pending', true);
-  outer_depth        text    := current_setting('level_sync.own_depth', true);
-  outer_lock_timeout text    := current_setting('lock_timeout');
-  carried_at         timestamptz := clock_timestamp();
+  change             constant text := case tg_op when 'INSERT' then 'created' else 'level_changed' end;
+  pending            constant text := current_setting('level_sync.pending', true);
+  is_spent           constant boolean := length(current_setting('level_sync.subtransactions', true)) > 56;
+  outer_depth        text;
+  outer_lock_timeout text;
+  carried_at         timestamptz;
   is_refused         boolean := false;
   is_held            boolean;
   rule               record;
-  on_error           text    := 'queue';
+  on_error           text := 'queue';
   old_level          integer;
   new_level          integer;
 begin
-  -- Bulk: the transaction carries a set when it commits, and this pair joins it.
-  if pending = 'on' then
+  -- Bulk: the transaction carries a set when it commits, and this pair joins it. Where a transaction has no
+  -- subtransaction left to arm that set, the pair stays behind for the drain.
+  if pending = 'on' or is_spent then
     insert into level_sync.pending_pairs (user_id, specialization, side, change)
     select new.student_id, new.specialization_id, 'progress', change
       from public.specializations as specialization
@@ -31,7 +33,12 @@ begin
       return null;
     end if;
   elsif pending = 'lost' then
-    return null;
+    perform from public.specializations as specialization
+      where specialization.id = new.specialization_id
+        and new.current_level between 1 and coalesce(specialization.max_levels, new.current_level);
+    if found then
+      return null;
+    end if;
   end if;
 
   perform set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
@@ -75,8 +82,11 @@ begin
       end if;
     end if;
 
+    outer_depth        := current_setting('level_sync.own_depth', true);
+    outer_lock_timeout := current_setting('lock_timeout');
     perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true),
             set_config('lock_timeout', rule.lock_timeout, true);
+    carried_at := clock_timestamp();
 
     -- Levels are read from the live rows, never from NEW: another trigger may have written the row once more.
     if tg_op = 'INSERT' then
@@ -131,6 +141,7 @@ begin
       select carried_at, new.student_id, new.specialization_id, 'progress_to_license', 'updated',
              old_level, carried.current_level, 'trigger'
         from carried
+       where carried.current_level is distinct from old_level
       returning event.new_level into new_level;
     end if;
 
@@ -232,7 +243,8 @@ begin
            (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id)
     select carried_at, carried.user_id, carried.specialization_type, 'progress_to_license', 'updated',
            carried.old_level, carried.current_level, source, run_id
-      from carried;
+      from carried
+     where carried.current_level is distinct from carried.old_level;
   end if;
 
   if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > coalesce(cardinality(held_ids), 0) then
@@ -420,5 +432,5 @@ select level_sync._ensure_trigger(part.relation, 'progress_truncated', format($t
     after truncate on %s
     for each statement
     execute function level_sync.judge_truncated_progress()
-$trigger$, part.relation), 'TRUNCATE is refused unless no license stands alone afterwards.')
-  from level_sync._table_and_partitions('public.specialization_progress') as part (relation);
+$trigger$, part.qualified_name), 'TRUNCATE is refused unless no license stands alone afterwards.')
+  from level_sync._table_and_partitions('public.specialization_progress') as part;

@@ -57,15 +57,24 @@ create or replace function level_sync._refuse_difference(user_id bigint, special
   set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if exists (select from level_sync._unequal_pairs(array[user_id], array[specialization])) then
-    raise lock_not_available using message =
-      'the level did not arrive: the other row is held by another transaction, or a trigger there changed or dropped the write';
+  if not exists (select from level_sync._unequal_pairs(array[user_id], array[specialization])) then
+    return;
   end if;
+  perform from public.specialization_progress as progress
+    where progress.student_id = _refuse_difference.user_id
+      and progress.specialization_id = _refuse_difference.specialization
+      for no key update nowait;
+  perform from public.user_licenses as license
+    where license.user_id = _refuse_difference.user_id
+      and license.specialization_type = _refuse_difference.specialization
+      for no key update nowait;
+  raise object_not_in_prerequisite_state using
+    message = 'the level did not arrive: a trigger of the other table changed or dropped the write';
 end
 $$;
 
 comment on function level_sync._refuse_difference(bigint, text) is
-  'Raises lock_not_available where a pair is not equal after it was carried.';
+  'Where a pair is not equal after it was carried: raises lock_not_available if somebody holds a row, else object_not_in_prerequisite_state.';
 
 -- Carries what can be carried and tells the failures apart, in few subtransactions: a set that fails is done again
 -- in chunks, the chunk that fails pair by pair, and the rest without the pair that failed.
@@ -152,72 +161,77 @@ create or replace function level_sync.carry_pending_pairs()
   set search_path = pg_catalog, pg_temp
 as $$
 declare
-  outer_lock_timeout text := current_setting('lock_timeout');
-  rule               record;
+  outer_lock_timeout constant text := current_setting('lock_timeout');
+  on_error           text := 'queue';
+  lock_timeout       text;
   pairs              record;
   failures           record;
   unfinished         record;
 begin
   perform set_config('level_sync.pending', '', true);
-
-  select settings.on_error, greatest(1, extract(epoch from settings.lock_wait) * 1000)::integer::text as lock_timeout
-    into rule
-    from level_sync.settings;
-
-  -- The last write of a pair decides which side the other one follows.
-  with taken as (
-    delete from level_sync.pending_pairs as pending
-     where pending.transaction_id = new.transaction_id
-    returning pending.pending_id, pending.user_id, pending.specialization, pending.side, pending.change
-  ), latest as (
-    select distinct on (taken.user_id, taken.specialization) taken.*
-      from taken
-     order by taken.user_id, taken.specialization, taken.pending_id desc
-  )
-  select array_agg(latest.user_id) as user_ids, array_agg(latest.specialization) as specializations,
-         array_agg(latest.side) as sides, array_agg(latest.change) as changes
-    into pairs
-    from latest;
-  if pairs.user_ids is null then
-    return null;
+  if length(current_setting('level_sync.subtransactions', true)) > 56 then
+    return null;  -- No subtransaction is left to do this safely in: the pairs stay behind for the drain.
   end if;
+  perform level_sync._count_subtransaction();
+  begin
+    select settings.on_error, greatest(1, extract(epoch from settings.lock_wait) * 1000)::integer::text
+      into on_error, lock_timeout
+      from level_sync.settings;
 
-  perform set_config('lock_timeout', rule.lock_timeout, true);
-  if rule.on_error = 'raise' then
-    perform level_sync._carry_pairs(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger');
-  else
-    select * into failures
-      from level_sync._carry_pairs_that_can(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
-                                            'trigger', null, 60);
-  end if;
-  perform set_config('lock_timeout', outer_lock_timeout, true);
-
-  select array_agg(unequal.user_id) as user_ids, array_agg(unequal.specialization) as specializations,
-         array_agg(pair.side) as sides, array_agg(pair.change) as changes,
-         array_agg(coalesce(failed.state, '55P03')) as sqlstates,
-         array_agg(coalesce(failed.message, 'the other row is held by another transaction, or too many others failed')) as messages
-    into unfinished
-    from level_sync._unequal_pairs(pairs.user_ids, pairs.specializations) as unequal
-    join unnest(pairs.sides, pairs.changes) with ordinality as pair (side, change, pair_number)
-      on pair.pair_number = unequal.pair_number
-    left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
-                as failed (pair_number, state, message)
-      on failed.pair_number = unequal.pair_number;
-  if unfinished.user_ids is not null then
-    if rule.on_error = 'raise' then
-      perform level_sync._refuse_difference(unfinished.user_ids[1], unfinished.specializations[1]);
+    -- The last write of a pair decides which side the other one follows.
+    with taken as (
+      delete from level_sync.pending_pairs as pending
+       where pending.transaction_id = new.transaction_id
+      returning pending.pending_id, pending.user_id, pending.specialization, pending.side, pending.change
+    ), latest as (
+      select distinct on (taken.user_id, taken.specialization) taken.*
+        from taken
+       order by taken.user_id, taken.specialization, taken.pending_id desc
+    )
+    select array_agg(latest.user_id) as user_ids, array_agg(latest.specialization) as specializations,
+           array_agg(latest.side) as sides, array_agg(latest.change) as changes
+      into pairs
+      from latest;
+    if pairs.user_ids is null then
+      return null;
     end if;
-    perform level_sync._enqueue(unfinished.user_ids, unfinished.specializations, unfinished.sides, unfinished.changes,
-                                unfinished.sqlstates, unfinished.messages);
-  end if;
-  return null;
-exception when others or assert_failure then
-  if rule.on_error = 'raise' or sqlstate = '40001' then
-    raise;
-  end if;
-  raise warning using
-    message = format('level_sync could not carry the pairs of this transaction: %s', sqlerrm),
-    hint    = 'The writes stand. The next reconcile finds the pairs; level_sync.desync_issues shows them.';
+
+    perform set_config('lock_timeout', lock_timeout, true);
+    if on_error = 'raise' then
+      perform level_sync._carry_pairs(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger');
+    else
+      select * into failures
+        from level_sync._carry_pairs_that_can(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
+                                              'trigger', null, 62);
+    end if;
+    perform set_config('lock_timeout', outer_lock_timeout, true);
+
+    select array_agg(unequal.user_id) as user_ids, array_agg(unequal.specialization) as specializations,
+           array_agg(pair.side) as sides, array_agg(pair.change) as changes,
+           array_agg(coalesce(failed.state, '55P03')) as sqlstates,
+           array_agg(coalesce(failed.message, 'the other row is held by another transaction, its trigger dropped the write, or too many others failed')) as messages
+      into unfinished
+      from level_sync._unequal_pairs(pairs.user_ids, pairs.specializations) as unequal
+      join unnest(pairs.sides, pairs.changes) with ordinality as pair (side, change, pair_number)
+        on pair.pair_number = unequal.pair_number
+      left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
+                  as failed (pair_number, state, message)
+        on failed.pair_number = unequal.pair_number;
+    if unfinished.user_ids is not null then
+      if on_error = 'raise' then
+        perform level_sync._refuse_difference(unfinished.user_ids[1], unfinished.specializations[1]);
+      end if;
+      perform level_sync._enqueue(unfinished.user_ids, unfinished.specializations, unfinished.sides, unfinished.changes,
+                                  unfinished.sqlstates, unfinished.messages);
+    end if;
+  exception when others or assert_failure then
+    if on_error = 'raise' or sqlstate = '40001' then
+      raise;
+    end if;
+    raise warning using
+      message = format('level_sync could not carry the pairs of this transaction: %s', sqlerrm),
+      hint    = 'The writes stand, and the next drain takes the pairs up.';
+  end;
   return null;
 end
 $$;

