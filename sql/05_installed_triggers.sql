@@ -76,3 +76,16 @@ end
 $$;
 
 comment on function level_sync._remove_triggers() is 'Removes every trigger level_sync made; the first step of a rollback.';
+
+create or replace function level_sync._function_hash(function_oid oid)
+  returns text
+  language sql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select md5(concat_ws('|', pg_proc.prosrc, pg_proc.prosecdef, pg_proc.provolatile, pg_proc.proconfig::text))
+    from pg_proc
+   where pg_proc.oid = function_oid
+$$;
+
+comment on function level_sync._function_hash(oid) is 'Hash of what a function does: body, rights, volatility, settings.';

@@ -222,6 +222,9 @@ begin
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
         join public.user_licenses as license
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+        join public.specializations as specialization
+          on specialization.id = pair.specialization
+         and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
        where (pair.side = 'progress' and pair.change = 'level_changed'
               and license.current_level is distinct from progress.current_level)
           or (pair.change = 'created' and coalesce(license.current_level, 0) < progress.current_level)
@@ -256,6 +259,9 @@ begin
         from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
         join public.specialization_progress as progress
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+        join public.specializations as specialization
+          on specialization.id = pair.specialization
+         and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
        where (pair.change = 'created'
               or pair.side = 'progress' and pair.change = 'level_changed'
               or pair.side = 'license' and pair.change = 'deleted' and on_delete <> 'propagate')
@@ -301,7 +307,7 @@ end
 $$;
 
 comment on function level_sync._carry_progress_to_licenses(bigint[], text[], text[], text[], text, bigint) is
-  'Brings licenses to the level of their progress, for those of the pairs whose change asks for it. Skips rows that are held by others.';
+  'Brings licenses to the level of their progress, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range.';
 
 -- At commit: progress may only go together with its license.
 create or replace function level_sync._judge_lone_license(user_id bigint, specialization text)

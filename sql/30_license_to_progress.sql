@@ -220,6 +220,9 @@ begin
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization
         join public.specialization_progress as progress
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+        join public.specializations as specialization
+          on specialization.id = pair.specialization
+         and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
        where (pair.side = 'license' and pair.change = 'level_changed'
               and progress.current_level is distinct from license.current_level)
           or (pair.change = 'created' and coalesce(progress.current_level, 0) < license.current_level)
@@ -252,6 +255,9 @@ begin
         from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
         join public.user_licenses as license
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+        join public.specializations as specialization
+          on specialization.id = pair.specialization
+         and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
        where (pair.change = 'created'
               or pair.side = 'license' and pair.change = 'level_changed'
               or pair.side = 'progress' and pair.change = 'deleted' and on_delete <> 'propagate')
@@ -297,7 +303,7 @@ end
 $$;
 
 comment on function level_sync._carry_licenses_to_progress(bigint[], text[], text[], text[], text, bigint) is
-  'Brings progress to the level of its license, for those of the pairs whose change asks for it. Skips rows that are held by others.';
+  'Brings progress to the level of its license, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range.';
 
 -- At commit: a license may only go together with its progress.
 create or replace function level_sync._judge_lone_progress(user_id bigint, specialization text)

@@ -28,8 +28,8 @@ $$;
 comment on function level_sync._carry_pair(bigint, text, text, text, text, bigint) is 'Brings one pair into step.';
 
 -- What a carry has to leave behind: both rows with one level, or no row on either side.
-create or replace function level_sync._unequal_pairs(user_ids bigint[], specializations text[])
-  returns table (pair_number bigint, user_id bigint, specialization text)
+create or replace function level_sync._unequal_pairs(user_ids bigint[], specializations text[], sides text[])
+  returns table (pair_number bigint, user_id bigint, specialization text, state text, message text)
   language plpgsql
   stable
   set search_path = pg_catalog, pg_temp
@@ -37,19 +37,29 @@ create or replace function level_sync._unequal_pairs(user_ids bigint[], speciali
 as $$
 begin
   return query
-    select pair.pair_number, pair.user_id, pair.specialization
-      from unnest(user_ids, specializations) with ordinality as pair (user_id, specialization, pair_number)
+    select pair.pair_number, pair.user_id, pair.specialization,
+           case when not source.is_in_range then '23514' end,
+           case when not source.is_in_range then
+             format('%s level %s is out of range: allowed is 1 to %s; correct it first', pair.side,
+                    coalesce(source.level::text, 'NULL'), coalesce(limits.max_levels::text, 'any'))
+           end
+      from unnest(user_ids, specializations, sides) with ordinality as pair (user_id, specialization, side, pair_number)
       left join public.specialization_progress as progress
         on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
       left join public.user_licenses as license
         on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+      left join public.specializations as limits on limits.id = pair.specialization
+     cross join lateral (
+       select given.level, coalesce(given.level between 1 and coalesce(limits.max_levels, given.level), false) as is_in_range
+         from (select case pair.side when 'progress' then progress.current_level else license.current_level end) as given (level)
+     ) as source
      where (progress.student_id is null) <> (license.user_id is null)
         or progress.current_level is distinct from license.current_level;
 end
 $$;
 
-comment on function level_sync._unequal_pairs(bigint[], text[]) is
-  'The pairs, numbered from 1 as given, that have two levels or only one row.';
+comment on function level_sync._unequal_pairs(bigint[], text[], text[]) is
+  'The pairs, numbered from 1 as given, that have two levels or only one row; with the reason where the given side''s level is out of range.';
 
 create or replace function level_sync._refuse_difference(user_id bigint, specialization text)
   returns void
@@ -57,7 +67,7 @@ create or replace function level_sync._refuse_difference(user_id bigint, special
   set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if not exists (select from level_sync._unequal_pairs(array[user_id], array[specialization])) then
+  if not exists (select from level_sync._unequal_pairs(array[user_id], array[specialization], array['progress'])) then
     return;
   end if;
   perform from public.specialization_progress as progress
@@ -208,10 +218,10 @@ begin
 
     select array_agg(unequal.user_id) as user_ids, array_agg(unequal.specialization) as specializations,
            array_agg(pair.side) as sides, array_agg(pair.change) as changes,
-           array_agg(coalesce(failed.state, '55P03')) as sqlstates,
-           array_agg(coalesce(failed.message, 'the other row is held by another transaction, its trigger dropped the write, or too many others failed')) as messages
+           array_agg(coalesce(failed.state, unequal.state, '55P03')) as sqlstates,
+           array_agg(coalesce(failed.message, unequal.message, 'the other row is held by another transaction, its trigger dropped the write, or too many others failed')) as messages
       into unfinished
-      from level_sync._unequal_pairs(pairs.user_ids, pairs.specializations) as unequal
+      from level_sync._unequal_pairs(pairs.user_ids, pairs.specializations, pairs.sides) as unequal
       join unnest(pairs.sides, pairs.changes) with ordinality as pair (side, change, pair_number)
         on pair.pair_number = unequal.pair_number
       left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
@@ -394,11 +404,11 @@ begin
   with outcome as materialized (
     select pair.user_id, pair.queue_id, coalesce(pair.attempts, 0) + 1 as attempts,
            unequal.pair_number is null as is_done,
-           coalesce(failed.state, '55000') as state,
-           coalesce(failed.message, 'the level did not arrive: a trigger of the other table changed or dropped the write') as message
+           coalesce(failed.state, unequal.state, '55000') as state,
+           coalesce(failed.message, unequal.message, 'the level did not arrive: a trigger of the other table changed or dropped the write') as message
       from unnest(free.user_ids, free.queue_ids, free.attempts) with ordinality
              as pair (user_id, queue_id, attempts, pair_number)
-      left join level_sync._unequal_pairs(free.user_ids, free.specializations) as unequal
+      left join level_sync._unequal_pairs(free.user_ids, free.specializations, free.sides) as unequal
         on unequal.pair_number = pair.pair_number
       left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
                   as failed (pair_number, state, message)

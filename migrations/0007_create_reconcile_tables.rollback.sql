@@ -1,0 +1,2 @@
+drop table if exists level_sync.installed_functions cascade;
+drop table if exists level_sync.sync_plan cascade;

@@ -1,0 +1,451 @@
+-- The reconcile finds every desync, repairs it and logs to sync_log. cron, people and tests make the same call.
+--
+-- One run: take the lock, drain the queue, walk the users range by range and write what differs into sync_plan, then
+-- lock, look again and repair batch by batch. Every step is a transaction of its own. Each desync is confirmed under
+-- lock before it is repaired, so a pair that somebody is writing is never touched.
+
+create or replace function level_sync._run_lock()
+  returns bigint
+  language sql
+  immutable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select hashtextextended('level_sync reconcile', 0)
+$$;
+
+comment on function level_sync._run_lock() is 'Key of the advisory lock that the one run holds.';
+
+create or replace function level_sync._is_run_active()
+  returns boolean
+  language sql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select exists (
+    select from pg_locks
+     where pg_locks.locktype = 'advisory'
+       and pg_locks.granted
+       and pg_locks.database = (select oid from pg_database where datname = current_database())
+       and pg_locks.objsubid = 1
+       and (pg_locks.classid::bigint << 32 | pg_locks.objid::bigint) = level_sync._run_lock())
+$$;
+
+comment on function level_sync._is_run_active() is 'Whether a run is at work right now.';
+
+create or replace function level_sync._start_run(dry_run boolean, direction text, started_by text)
+  returns bigint
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  new_run bigint;
+begin
+  -- Whoever holds the lock is the only run: others that say running have died.
+  update level_sync.sync_log
+     set status = 'aborted', job_end = clock_timestamp(), error = 'its session ended before the run did'
+   where sync_log.status = 'running';
+
+  insert into level_sync.sync_log (dry_run, direction, started_by)
+  values (_start_run.dry_run, _start_run.direction, _start_run.started_by)
+  returning sync_log.run_id into new_run;
+  return new_run;
+end
+$$;
+
+comment on function level_sync._start_run(boolean, text, text) is
+  'Opens the row of a run, and closes those of runs that died. Only for whoever holds the run lock.';
+
+create or replace function level_sync._log_skipped_run(dry_run boolean, direction text, started_by text)
+  returns void
+  language sql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  insert into level_sync.sync_log (status, dry_run, direction, started_by, job_end, error)
+  values ('skipped', _log_skipped_run.dry_run, _log_skipped_run.direction, _log_skipped_run.started_by,
+          clock_timestamp(), 'another run holds the lock')
+$$;
+
+comment on function level_sync._log_skipped_run(boolean, text, text) is 'Logs a run that found another one at work.';
+
+-- Plans one range of users and returns where the next one begins; NULL when there is no user beyond.
+create or replace function level_sync._plan_range(run_id bigint, direction text, first_user bigint, user_count integer)
+  returns bigint
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_custom_plan
+as $$
+declare
+  last_user bigint;
+begin
+  -- The side that reaches user_count pairs first ends the range, so neither side's part of it grows.
+  select least(
+           (select progress.student_id from public.specialization_progress as progress
+             where progress.student_id >= first_user order by progress.student_id offset user_count limit 1),
+           (select license.user_id from public.user_licenses as license
+             where license.user_id >= first_user order by license.user_id offset user_count limit 1))
+    into last_user;
+
+  insert into level_sync.sync_plan (run_id, user_id, specialization, issue_type, progress_level, license_level, action)
+  select _plan_range.run_id, issues.user_id, issues.specialization, issues.issue_type, issues.progress_level,
+         issues.license_level,
+         case when issues.issue_type = 'level_mismatch' and _plan_range.direction is not null
+              then case _plan_range.direction when 'progress_to_license' then 'update_license' else 'update_progress' end
+              else issues.recommended_action end
+    from level_sync._desync_issues_between(first_user, coalesce(last_user, 9223372036854775807)) as issues
+  on conflict do nothing;
+
+  return last_user + 1;
+end
+$$;
+
+comment on function level_sync._plan_range(bigint, text, bigint, integer) is
+  'Writes the desyncs of a range of users into sync_plan and returns the first user of the next range, NULL at the end.';
+
+-- Repairs one batch of a plan: only pairs nobody holds, and only those that still are as the plan saw them.
+create or replace function level_sync._repair_batch(run_id bigint, plan_id bigint, first_user bigint, batch_size integer)
+  returns bigint
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+  set lock_timeout = '100ms'
+  set plan_cache_mode = force_custom_plan
+as $$
+declare
+  rule     record;
+  planned  record;
+  due      record;
+  failures record;
+begin
+  select settings.max_attempts, settings.retry_backoff into rule from level_sync.settings;
+
+  select array_agg(batch.user_id) as user_ids, array_agg(batch.specialization) as specializations,
+         array_agg(batch.progress_level) as progress_levels, array_agg(batch.license_level) as license_levels,
+         array_agg(case when batch.action in ('update_license', 'create_license') then 'progress' else 'license' end) as sides,
+         max(batch.user_id) as last_user
+    into planned
+    from (
+      select plan.*
+        from level_sync.sync_plan as plan
+       where plan.run_id = plan_id
+         and plan.user_id >= first_user
+         and plan.outcome = 'planned'
+         and plan.action <> 'report_only'
+       order by plan.user_id, plan.specialization
+       limit _repair_batch.batch_size
+    ) as batch;
+  if planned.user_ids is null then
+    return null;
+  end if;
+
+  select array_agg(pair.user_id) filter (where pair.is_free and pair.is_same) as user_ids,
+         array_agg(pair.specialization) filter (where pair.is_free and pair.is_same) as specializations,
+         array_agg(pair.side) filter (where pair.is_free and pair.is_same) as sides,
+         array_agg('level_changed'::text) filter (where pair.is_free and pair.is_same) as changes,
+         array_agg(pair.user_id) filter (where not pair.is_free) as held_ids,
+         array_agg(pair.specialization) filter (where not pair.is_free) as held_specializations,
+         array_agg(pair.user_id) filter (where pair.is_free and not pair.is_same) as changed_ids,
+         array_agg(pair.specialization) filter (where pair.is_free and not pair.is_same) as changed_specializations
+    into due
+    from level_sync._confirm_pairs(planned.user_ids, planned.specializations, planned.sides,
+                                   planned.progress_levels, planned.license_levels) as pair;
+
+  update level_sync.sync_plan as plan
+     set outcome = left_alone.outcome
+    from (
+      select held.user_id, held.specialization, 'held' as outcome
+        from unnest(due.held_ids, due.held_specializations) as held (user_id, specialization)
+       union all
+      select changed.user_id, changed.specialization, 'changed'
+        from unnest(due.changed_ids, due.changed_specializations) as changed (user_id, specialization)
+    ) as left_alone
+   where plan.run_id = plan_id
+     and plan.user_id = left_alone.user_id
+     and plan.specialization = left_alone.specialization;
+  if due.user_ids is null then
+    return planned.last_user;
+  end if;
+
+  select * into failures
+    from level_sync._carry_pairs_that_can(due.user_ids, due.specializations, due.sides, due.changes,
+                                          'reconcile', run_id, 1000000);
+
+  with outcome as materialized (
+    select pair.user_id, pair.specialization, pair.side, unequal.pair_number is not null as has_failed,
+           coalesce(failed.state, unequal.state, '55000') as state,
+           coalesce(failed.message, unequal.message,
+                    'the level did not arrive: a trigger of the other table changed or dropped the write') as message
+      from unnest(due.user_ids, due.specializations, due.sides) with ordinality
+             as pair (user_id, specialization, side, pair_number)
+      left join level_sync._unequal_pairs(due.user_ids, due.specializations, due.sides) as unequal
+        on unequal.pair_number = pair.pair_number
+      left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
+                  as failed (pair_number, state, message)
+        on failed.pair_number = pair.pair_number
+  ), settled as (
+    -- A pair that is equal now has nothing left to wait for, dead or not.
+    delete from level_sync.sync_queue as queued
+     using outcome
+     where queued.user_id = outcome.user_id
+       and queued.specialization = outcome.specialization
+       and not outcome.has_failed
+  ), queued as (
+    insert into level_sync.sync_queue
+           (user_id, specialization, side, change, sqlstate, message, attempts, next_attempt_at, dead_at)
+    select outcome.user_id, outcome.specialization, outcome.side, 'level_changed', outcome.state, outcome.message, 1,
+           clock_timestamp() + rule.retry_backoff,
+           case when rule.max_attempts = 1 then clock_timestamp() end
+      from outcome
+     where outcome.has_failed
+       and not exists (
+         select from level_sync.sync_queue as waiting
+          where waiting.user_id = outcome.user_id and waiting.specialization = outcome.specialization)
+  )
+  update level_sync.sync_plan as plan
+     set outcome = case when outcome.has_failed then 'failed' else 'repaired' end
+    from outcome
+   where plan.run_id = plan_id
+     and plan.user_id = outcome.user_id
+     and plan.specialization = outcome.specialization;
+
+  return planned.last_user;
+end
+$$;
+
+comment on function level_sync._repair_batch(bigint, bigint, bigint, integer) is
+  'Repairs the next pairs of a plan, from first_user on, in one transaction. Returns the last user it looked at, NULL when nothing is left.';
+
+create or replace function level_sync._confirm_pairs(
+    user_ids bigint[], specializations text[], sides text[], progress_levels integer[], license_levels integer[])
+  returns table (user_id bigint, specialization text, side text, is_free boolean, is_same boolean)
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_custom_plan
+as $$
+declare
+  free_numbers bigint[];
+begin
+  select array_agg(free.pair_number)
+    into free_numbers
+    from level_sync._lock_free_pairs(user_ids, specializations) as free;
+
+  -- A new statement sees what was committed before the locks were granted.
+  return query
+    select pair.user_id, pair.specialization, pair.side, free.pair_number is not null,
+           progress.current_level is not distinct from pair.progress_level
+             and license.current_level is not distinct from pair.license_level
+      from unnest(user_ids, specializations, sides, progress_levels, license_levels) with ordinality
+             as pair (user_id, specialization, side, progress_level, license_level, pair_number)
+      left join unnest(free_numbers) as free (pair_number) on free.pair_number = pair.pair_number
+      left join public.specialization_progress as progress
+        on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+      left join public.user_licenses as license
+        on license.user_id = pair.user_id and license.specialization_type = pair.specialization;
+end
+$$;
+
+comment on function level_sync._confirm_pairs(bigint[], text[], text[], integer[], integer[]) is
+  'Locks the pairs nobody holds and tells which still have the levels given.';
+
+create or replace function level_sync._finish_run(run_id bigint, plan_id bigint, status text, error text)
+  returns void
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  counts   record;
+  finished level_sync.sync_log;
+begin
+  select count(*) as found,
+         count(*) filter (where plan.outcome = 'repaired') as repaired,
+         count(*) filter (where plan.outcome = 'failed') as failed
+    into counts
+    from level_sync.sync_plan as plan
+   where plan.run_id = plan_id;
+
+  update level_sync.sync_log
+     set status = coalesce(_finish_run.status, case when counts.failed > 0 then 'partial' else 'success' end),
+         job_end = clock_timestamp(),
+         issues_found = counts.found,
+         synced_count = counts.repaired,
+         failed_count = counts.failed,
+         error = _finish_run.error,
+         results = jsonb_build_object(
+           'plan', plan_id,
+           'issues', (
+             select coalesce(jsonb_object_agg(by_type.issue_type, by_type.pairs), '{}')
+               from (select plan.issue_type, count(*) as pairs from level_sync.sync_plan as plan
+                      where plan.run_id = plan_id group by plan.issue_type) as by_type),
+           'actions', (
+             select coalesce(jsonb_object_agg(by_action.action, by_action.pairs), '{}')
+               from (select plan.action, count(*) as pairs from level_sync.sync_plan as plan
+                      where plan.run_id = plan_id group by plan.action) as by_action),
+           'outcomes', (
+             select coalesce(jsonb_object_agg(by_outcome.outcome, by_outcome.pairs), '{}')
+               from (select plan.outcome, count(*) as pairs from level_sync.sync_plan as plan
+                      where plan.run_id = plan_id group by plan.outcome) as by_outcome),
+           'sample', (
+             select coalesce(jsonb_agg(to_jsonb(sample) - 'run_id'), '[]')
+               from (select * from level_sync.sync_plan as plan
+                      where plan.run_id = plan_id order by plan.user_id, plan.specialization limit 20) as sample))
+   where sync_log.run_id = _finish_run.run_id
+  returning sync_log.* into finished;
+
+  -- The rows of a run that went through stand in sync_events; a plan that can still be applied is kept.
+  if finished.status in ('success', 'partial') and not finished.dry_run then
+    delete from level_sync.sync_plan as plan where plan.run_id = plan_id;
+  end if;
+
+  perform pg_notify('level_sync', (to_jsonb(finished) #- '{results,sample}')::text);
+end
+$$;
+
+comment on function level_sync._finish_run(bigint, bigint, text, text) is
+  'Closes the row of a run with its counts and sends it as NOTIFY level_sync.';
+
+create or replace function level_sync._count_planned(plan_id bigint)
+  returns bigint
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select count(*) from level_sync.sync_plan as plan where plan.run_id = plan_id and plan.outcome = 'planned'
+$$;
+
+comment on function level_sync._count_planned(bigint) is 'How many pairs of a plan are still to be repaired.';
+
+create or replace function level_sync._run_settings(out batch_size integer, out repair_limit integer)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select settings.batch_size, settings.repair_limit from level_sync.settings
+$$;
+
+comment on function level_sync._run_settings() is 'The settings a run needs, for roles that may run it but not read the table.';
+
+-- It commits, so it can neither be SECURITY DEFINER nor have a SET clause; COMMIT stands outside every block with
+-- EXCEPTION, and what such a block caught is looked at after it.
+create or replace procedure level_sync.reconcile(
+    dry_run boolean default false, direction text default null, plan bigint default null,
+    approve boolean default false, started_by text default 'manual')
+  language plpgsql
+as $$
+declare
+  lock_key   constant bigint  := level_sync._run_lock();
+  is_inside_transaction constant boolean := pg_catalog.transaction_timestamp() <> pg_catalog.statement_timestamp();
+  rule       record;
+  run_id     bigint;
+  plan_id    bigint;
+  next_user  bigint  := '-9223372036854775808';
+  last_user  bigint;
+  tries      integer := 0;
+  is_done    boolean := false;
+  status     text;
+  error      text;
+  error_code text;
+begin
+  if direction is not null and direction not in ('progress_to_license', 'license_to_progress') then
+    raise invalid_parameter_value using
+      message = pg_catalog.format('unknown direction %L', direction),
+      hint    = 'Use progress_to_license, license_to_progress, or NULL for settings.conflict_policy.';
+  end if;
+  if plan is not null and (dry_run or direction is not null) then
+    raise invalid_parameter_value using
+      message = 'a plan is applied as it was recorded: give it without dry_run and direction';
+  end if;
+  if plan is not null and level_sync._count_planned(plan) = 0 then
+    raise no_data_found using
+      message = pg_catalog.format('run %s has no plan that could be applied', plan),
+      hint    = 'Plans are recorded by dry runs and by runs with status needs_approval.';
+  end if;
+
+  if not pg_catalog.pg_try_advisory_lock(lock_key) then
+    perform level_sync._log_skipped_run(dry_run, direction, started_by);
+    return;
+  end if;
+
+  select * into rule from level_sync._run_settings();
+  run_id  := level_sync._start_run(dry_run, direction, started_by);
+  plan_id := coalesce(plan, run_id);
+  if not is_inside_transaction then
+    commit;
+  end if;
+
+  -- 1. Queued pairs know which side was written last.
+  if plan is null and not dry_run then
+    while not is_done and error is null loop
+      begin
+        is_done := level_sync._drain_batch() = 0;
+      exception when query_canceled or others then
+        error := sqlerrm; error_code := sqlstate;
+      end;
+      if not is_inside_transaction then
+        commit;
+      end if;
+    end loop;
+  end if;
+
+  -- 2. What differs.
+  while plan is null and next_user is not null and error is null loop
+    begin
+      next_user := level_sync._plan_range(run_id, direction, next_user, rule.batch_size * 10);
+    exception when query_canceled or others then
+      error := sqlerrm; error_code := sqlstate;
+    end;
+    if not is_inside_transaction then
+      commit;
+    end if;
+  end loop;
+
+  -- 3. More than anybody expects is not repaired unasked.
+  if error is null and not dry_run and not approve and level_sync._count_planned(plan_id) > rule.repair_limit then
+    status := 'needs_approval';
+  end if;
+
+  -- 4. The repair. A transient error gets two more tries.
+  is_done := dry_run or status is not null;
+  next_user := '-9223372036854775808';
+  while not is_done and error is null loop
+    begin
+      last_user := level_sync._repair_batch(run_id, plan_id, next_user, rule.batch_size);
+      is_done := last_user is null;
+      next_user := last_user;
+      tries := 0;
+    exception
+      when serialization_failure or deadlock_detected or lock_not_available then
+        tries := tries + 1;
+        if tries >= 3 then
+          error := sqlerrm; error_code := sqlstate;
+        end if;
+      when query_canceled or others then
+        error := sqlerrm; error_code := sqlstate;
+    end;
+    if not is_inside_transaction then
+      commit;
+    end if;
+    if tries > 0 and error is null then
+      perform pg_catalog.pg_sleep(0.1 * tries);
+    end if;
+  end loop;
+
+  perform level_sync._finish_run(run_id, plan_id,
+    case when error_code = '57014' then 'aborted' when error is not null then 'failed' else status end,
+    error || ' (SQLSTATE ' || error_code || ')');
+  perform pg_catalog.pg_advisory_unlock(lock_key);
+  if not is_inside_transaction then
+    commit;
+  end if;
+  if error_code = '57014' then
+    raise query_canceled using message = error;
+  end if;
+end
+$$;
+
+comment on procedure level_sync.reconcile(boolean, text, bigint, boolean, text) is
+  'Finds every desync, repairs it and logs one row to sync_log. dry_run: change nothing, record the plan. direction: progress_to_license or license_to_progress instead of settings.conflict_policy. plan: apply exactly the plan of that run, leaving pairs alone that changed since. approve: repair more than settings.repair_limit. started_by: cron, manual or catch_up. Inside a transaction block it works as one transaction.';

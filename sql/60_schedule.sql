@@ -1,0 +1,315 @@
+-- Two pg_cron jobs: the reconcile, and a maintenance every minute that drains the queue, catches up a missed run and
+-- purges. Loading this file schedules nothing.
+
+create or replace function level_sync._purge_batch()
+  returns integer
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  rule    record;
+  deleted integer;
+  total   integer := 0;
+begin
+  select * into rule from level_sync.settings;
+
+  delete from level_sync.sync_plan as plan
+   where ctid = any (array(
+     select old.ctid from level_sync.sync_plan as old
+      where not exists (select from level_sync.sync_log where sync_log.run_id = old.run_id
+                           and sync_log.job_start >= clock_timestamp() - rule.log_retention)
+      limit rule.batch_size));
+  get diagnostics deleted = row_count;
+  total := total + deleted;
+
+  delete from level_sync.sync_log
+   where sync_log.run_id in (
+     select old.run_id from level_sync.sync_log as old
+      where old.status <> 'running' and old.job_start < clock_timestamp() - rule.log_retention
+      limit rule.batch_size);
+  get diagnostics deleted = row_count;
+  total := total + deleted;
+
+  delete from level_sync.sync_queue as queued
+   where ctid = any (array(
+     select old.ctid from level_sync.sync_queue as old
+      where old.dead_at < clock_timestamp() - rule.log_retention
+      limit rule.batch_size));
+  get diagnostics deleted = row_count;
+  total := total + deleted;
+
+  delete from level_sync.sync_events
+   where ctid = any (array(
+     select old.ctid from level_sync.sync_events as old
+      where old.occurred_at < clock_timestamp() - rule.event_retention
+      limit rule.batch_size));
+  get diagnostics deleted = row_count;
+  total := total + deleted;
+
+  if to_regclass('cron.job_run_details') is not null
+     and has_table_privilege('cron.job_run_details', 'delete') and has_table_privilege('cron.job', 'select')
+  then
+    execute $sql$
+      delete from cron.job_run_details as details
+       where details.runid in (
+         select old.runid
+           from cron.job_run_details as old
+           join cron.job on job.jobid = old.jobid
+          where job.jobname in ('level_sync_reconcile', 'level_sync_maintain')
+            and job.database = current_database()
+            and old.start_time < clock_timestamp() - $1
+          limit $2)
+    $sql$ using rule.log_retention, rule.batch_size;
+    get diagnostics deleted = row_count;
+    total := total + deleted;
+  end if;
+  return total;
+end
+$$;
+
+comment on function level_sync._purge_batch() is
+  'Deletes up to batch_size rows past their retention from each table and returns how many rows went.';
+
+create or replace procedure level_sync.purge()
+  language plpgsql
+as $$
+declare
+  is_inside_transaction constant boolean := pg_catalog.transaction_timestamp() <> pg_catalog.statement_timestamp();
+begin
+  while level_sync._purge_batch() operator(pg_catalog.>) 0 loop
+    if not is_inside_transaction then
+      commit;
+    end if;
+  end loop;
+end
+$$;
+
+comment on procedure level_sync.purge() is
+  'Deletes what is past its retention: sync_log, plans, dead queue rows (log_retention), sync_events (event_retention), and our own rows of cron.job_run_details.';
+
+-- Cron, as far as a five-field expression goes: lists, ranges, steps, names of months and days.
+create or replace function level_sync._cron_field(field text, lowest integer, highest integer, names text[] default '{}')
+  returns integer[]
+  language plpgsql
+  immutable
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  part   text;
+  bounds text[];
+  step   integer;
+  first  integer;
+  last   integer;
+  found_values integer[] := '{}';
+begin
+  field := lower(field);
+  for position in 1 .. coalesce(cardinality(names), 0) loop
+    field := replace(field, names[position], (position - 1 + lowest)::text);
+  end loop;
+  foreach part in array string_to_array(field, ',') loop
+    bounds := regexp_match(part, '^(?:\*|(\d{1,2})(?:-(\d{1,2}))?)(?:/(\d{1,2}))?$');
+    if bounds is null then
+      raise invalid_parameter_value using
+        message = format('%L is not a cron field between %s and %s', part, lowest, highest);
+    end if;
+    step  := coalesce(bounds[3]::integer, 1);
+    first := coalesce(bounds[1]::integer, lowest);
+    last  := coalesce(bounds[2]::integer, case when bounds[1] is null or bounds[3] is not null then highest else first end);
+    if first < lowest or last > highest or first > last or step < 1 then
+      raise invalid_parameter_value using
+        message = format('%L is out of range: a cron field between %s and %s', part, lowest, highest);
+    end if;
+    found_values := found_values || array(select generate_series(first, last, step));
+  end loop;
+  return found_values;
+end
+$$;
+
+comment on function level_sync._cron_field(text, integer, integer, text[]) is
+  'The values one field of a cron expression matches. Raises invalid_parameter_value for anything else.';
+
+create or replace function level_sync._last_slot(cron_expression text, before timestamptz)
+  returns timestamptz
+  language plpgsql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  fields   constant text[]    := regexp_split_to_array(btrim(cron_expression), '\s+');
+  minutes  constant integer[] := level_sync._cron_field(fields[1], 0, 59);
+  hours    constant integer[] := level_sync._cron_field(fields[2], 0, 23);
+  days     constant integer[] := level_sync._cron_field(fields[3], 1, 31);
+  months   constant integer[] := level_sync._cron_field(fields[4], 1, 12,
+    array['jan','feb','mar','apr','may','jun','jul','aug','sep','oct','nov','dec']);
+  weekdays constant integer[] := level_sync._cron_field(fields[5], 0, 7,
+    array['sun','mon','tue','wed','thu','fri','sat']);
+  -- pg_cron counts in GMT, from 1.5 on in cron.timezone.
+  zone     constant text      := coalesce(nullif(current_setting('cron.timezone', true), ''), 'GMT');
+  local_at constant timestamp := before at time zone zone;
+begin
+  return (
+    select slot.at at time zone zone
+      from generate_series(0, 366 * 5) as days_back (count)
+     cross join lateral (select date_trunc('day', local_at) - make_interval(days => days_back.count) as start) as day
+     cross join lateral (
+       select max(day.start + make_interval(hours => hour.value, mins => minute.value)) as at
+         from unnest(hours) as hour (value), unnest(minutes) as minute (value)
+        where day.start + make_interval(hours => hour.value, mins => minute.value) <= local_at
+     ) as slot
+     where slot.at is not null
+       and extract(month from day.start) = any (months)
+       -- As cron does: with both a day of the month and a weekday given, either will do.
+       and case when fields[3] like '*%' or fields[5] like '*%'
+                then extract(day from day.start) = any (days)
+                     and (extract(dow from day.start) = any (weekdays) or 7 = any (weekdays) and extract(dow from day.start) = 0)
+                else extract(day from day.start) = any (days)
+                     or extract(dow from day.start) = any (weekdays) or 7 = any (weekdays) and extract(dow from day.start) = 0
+           end
+     order by days_back.count
+     limit 1);
+end
+$$;
+
+comment on function level_sync._last_slot(text, timestamptz) is
+  'When the schedule was due the last time at or before a moment; NULL if never within five years.';
+
+create or replace function level_sync._is_run_missed(at timestamptz)
+  returns boolean
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select not exists (
+    select from level_sync.sync_log
+     where sync_log.job_start >= level_sync._last_slot(settings.schedule, _is_run_missed.at - settings.misfire_grace)
+       and (sync_log.status in ('success', 'partial', 'needs_approval') and not sync_log.dry_run
+            or sync_log.status = 'running' and level_sync._is_run_active()
+            -- One that failed is tried again, but not every minute.
+            or sync_log.job_start >= _is_run_missed.at - settings.misfire_grace and sync_log.status <> 'aborted'))
+    from level_sync.settings
+$$;
+
+comment on function level_sync._is_run_missed(timestamptz) is
+  'Whether the schedule''s last slot, misfire_grace ago or earlier, has seen no run that went through.';
+
+-- It commits, so it can neither be SECURITY DEFINER nor have a SET clause.
+create or replace procedure level_sync.maintain()
+  language plpgsql
+as $$
+declare
+  is_inside_transaction constant boolean := pg_catalog.transaction_timestamp() <> pg_catalog.statement_timestamp();
+begin
+  -- The reconcile comes first: it drains too, and only the first CALL can tell that it may commit.
+  if level_sync._is_run_missed(pg_catalog.clock_timestamp()) then
+    call level_sync.reconcile(started_by => 'catch_up');
+  end if;
+  while level_sync._drain_batch() operator(pg_catalog.>) 0 loop
+    if not is_inside_transaction then
+      commit;
+    end if;
+  end loop;
+  while level_sync._purge_batch() operator(pg_catalog.>) 0 loop
+    if not is_inside_transaction then
+      commit;
+    end if;
+  end loop;
+end
+$$;
+
+comment on procedure level_sync.maintain() is
+  'What the job level_sync_maintain calls every minute: catches up a missed run, drains the queue, purges.';
+
+create or replace function level_sync.requeue(user_id bigint default null, specialization text default null)
+  returns bigint
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  revived bigint;
+begin
+  update level_sync.sync_queue as queued
+     set attempts = 0, dead_at = null, next_attempt_at = clock_timestamp()
+   where (requeue.user_id is null or queued.user_id = requeue.user_id)
+     and (requeue.specialization is null or queued.specialization = requeue.specialization);
+  get diagnostics revived = row_count;
+  return revived;
+end
+$$;
+
+comment on function level_sync.requeue(bigint, text) is
+  'Makes queued pairs, dead ones too, due at once with a fresh count of attempts: all, one user''s, or one pair. Returns how many.';
+
+-- What stands in cron.job, where pg_cron is in this database. Empty result: it is not, or it may not be read.
+create or replace function level_sync._cron_access(out is_preloaded boolean, out is_here boolean, out may_read boolean, out cron_database text)
+  language sql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select current_setting('cron.database_name', true) is not null,
+         to_regclass('cron.job') is not null,
+         coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage')
+                  and has_table_privilege(to_regclass('cron.job'), 'select'), false),
+         current_setting('cron.database_name', true)
+$$;
+
+comment on function level_sync._cron_access() is 'Whether pg_cron is preloaded, lives in this database and may be read.';
+
+create or replace function level_sync.schedule(cron_expression text default null)
+  returns jsonb
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  cron      record;
+  wanted    text := coalesce(cron_expression, (select settings.schedule from level_sync.settings));
+  reconcile bigint;
+  maintain  bigint;
+begin
+  perform level_sync._last_slot(wanted, clock_timestamp());
+  select * into cron from level_sync._cron_access();
+  if not cron.is_here then
+    raise feature_not_supported using
+      message = case when cron.is_preloaded and cron.cron_database <> current_database()
+                     then format('pg_cron lives in database %I, not in %I', cron.cron_database, current_database())
+                     else 'pg_cron is not installed in this database' end,
+      hint    = case when cron.is_preloaded and cron.cron_database <> current_database()
+                     then 'Run level-sync schedule, which makes the jobs there with cron.schedule_in_database.'
+                     else 'Install the package (postgresql-NN-cron), set shared_preload_libraries = ''pg_cron'', restart, and create extension pg_cron; or run "level-sync reconcile" from another scheduler, such as cron or a systemd timer.' end;
+  end if;
+
+  update level_sync.settings set schedule = wanted;
+  execute 'select cron.schedule($1, $2, $3)' into reconcile
+    using 'level_sync_reconcile', wanted, 'call level_sync.reconcile(started_by => ''cron'')';
+  execute 'select cron.schedule($1, $2, $3)' into maintain
+    using 'level_sync_maintain', '* * * * *', 'call level_sync.maintain()';
+  return jsonb_build_object('level_sync_reconcile', reconcile, 'level_sync_maintain', maintain, 'schedule', wanted);
+end
+$$;
+
+comment on function level_sync.schedule(text) is
+  'Makes or updates the pg_cron jobs level_sync_reconcile (default: settings.schedule) and level_sync_maintain (every minute). Returns their ids. Raises feature_not_supported with what to do where pg_cron is not in this database, invalid_parameter_value for a bad expression.';
+
+create or replace function level_sync.unschedule()
+  returns integer
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  removed integer := 0;
+begin
+  if (select access.is_here from level_sync._cron_access() as access) then
+    execute $sql$
+      select count(cron.unschedule(job.jobid))
+        from cron.job
+       where job.jobname in ('level_sync_reconcile', 'level_sync_maintain')
+         and job.database = current_database()
+    $sql$ into removed;
+  end if;
+  return removed;
+end
+$$;
+
+comment on function level_sync.unschedule() is 'Removes both pg_cron jobs and returns how many there were.';

@@ -1,0 +1,320 @@
+-- One row per thing that can go wrong. ok is NULL where a check cannot be made: that is not good news, only no news.
+
+create or replace function level_sync._check_triggers()
+  returns table (name text, ok boolean, detail text, hint text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 'triggers',
+         count(*) filter (where not is_good) = 0 and count(*) > 0,
+         coalesce(string_agg(state, '; ' order by state) filter (where not is_good), format('%s triggers as installed', count(*))),
+         'Run level-sync migrate: it puts the triggers back.'
+    from (
+      select format('%s on %s is %s', installed.trigger_name, installed.relation,
+                    case when present.oid is null then 'missing'
+                         when present.tgenabled <> 'O' then 'disabled'
+                         else 'changed' end) as state,
+             present.oid is not null and present.tgenabled = 'O'
+               and md5(pg_get_triggerdef(present.oid)) = md5(installed.definition) as is_good
+        from level_sync.installed_triggers as installed
+        left join pg_trigger as present
+          on present.tgrelid = installed.relation and present.tgname = installed.trigger_name
+    ) as seen
+$$;
+
+comment on function level_sync._check_triggers() is 'Every trigger of ours is there, enabled, and as it was made.';
+
+create or replace function level_sync._check_functions()
+  returns table (name text, ok boolean, detail text, hint text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 'functions',
+         count(*) filter (where not is_good) = 0 and count(*) > 0,
+         coalesce(string_agg(state, '; ' order by state) filter (where not is_good), format('%s functions as shipped', count(*))),
+         'Run level-sync migrate: it loads the functions that were shipped.'
+    from (
+      select format('%s is %s', installed.signature, case when present.oid is null then 'missing' else 'changed' end) as state,
+             present.oid is not null and level_sync._function_hash(present.oid) = installed.hash as is_good
+        from level_sync.installed_functions as installed
+        left join pg_proc as present on present.oid = to_regprocedure(installed.signature)
+    ) as seen
+$$;
+
+comment on function level_sync._check_functions() is 'Every function of ours has the body and the settings that were shipped.';
+
+create or replace function level_sync._check_foreign_keys()
+  returns table (name text, ok boolean, detail text, hint text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 'foreign_keys',
+         count(*) filter (where problem is not null) = 0,
+         coalesce(string_agg(problem, '; ' order by problem), '4 foreign keys, RESTRICT and validated'),
+         'Run level-sync migrate, or: alter table ... validate constraint ...'
+    from (
+      select case when present.oid is null then wanted.name || ' is missing'
+                  when present.confdeltype <> 'r' then wanted.name || ' is not ON DELETE RESTRICT'
+                  when not present.convalidated then wanted.name || ' is not validated'
+             end as problem
+        from (values
+          ('public.specialization_progress', 'fk_specialization_progress_user'),
+          ('public.specialization_progress', 'fk_specialization_progress_spec'),
+          ('public.user_licenses', 'fk_user_licenses_user'),
+          ('public.user_licenses', 'fk_user_licenses_spec')
+        ) as wanted (on_table, name)
+        left join pg_constraint as present
+          on present.conrelid = to_regclass(wanted.on_table) and present.conname = wanted.name and present.contype = 'f'
+    ) as seen
+$$;
+
+comment on function level_sync._check_foreign_keys() is 'The four foreign keys are there, RESTRICT and validated.';
+
+-- Looked for, not inferred: a write with session_replication_role = replica skips foreign keys.
+create or replace function level_sync._check_orphans()
+  returns table (name text, ok boolean, detail text, hint text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 'orphans',
+         sum(pairs) = 0,
+         case when sum(pairs) = 0 then 'none'
+              else string_agg(format('%s rows of %s without %s', pairs, child, parent), '; ' order by child, parent)
+                     filter (where pairs > 0) end,
+         'Restore the missing user or specialization, or delete both rows of the pair in one transaction.'
+    from (
+      select 'specialization_progress' as child, 'user' as parent, count(*) as pairs
+        from public.specialization_progress as progress
+       where not exists (select from public.users where users.id = progress.student_id)
+       union all
+      select 'specialization_progress', 'specialization', count(*)
+        from public.specialization_progress as progress
+       where not exists (select from public.specializations as known where known.id = progress.specialization_id)
+       union all
+      select 'user_licenses', 'user', count(*)
+        from public.user_licenses as license
+       where not exists (select from public.users where users.id = license.user_id)
+       union all
+      select 'user_licenses', 'specialization', count(*)
+        from public.user_licenses as license
+       where not exists (select from public.specializations as known where known.id = license.specialization_type)
+    ) as seen
+$$;
+
+comment on function level_sync._check_orphans() is 'No row of either table without its user and specialization.';
+
+create or replace function level_sync._check_pairs()
+  returns table (name text, ok boolean, detail text, hint text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 'desync',
+         count(*) = 0,
+         case when count(*) = 0 then 'every pair has one level'
+              else format('%s pairs differ, first user %s in %s (%s)', count(*), min(issues.user_id),
+                          (array_agg(issues.specialization order by issues.user_id))[1],
+                          (array_agg(issues.issue_type order by issues.user_id))[1]) end,
+         'call level_sync.reconcile(); or wait for the next run. See level_sync.desync_issues.'
+    from level_sync.desync_issues as issues
+$$;
+
+comment on function level_sync._check_pairs() is 'No desync.';
+
+create or replace function level_sync._check_queue()
+  returns table (name text, ok boolean, detail text, hint text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 'queue_dead',
+         count(*) = 0,
+         case when count(*) = 0 then 'no dead pair'
+              else format('%s dead, first user %s in %s: %s', count(*), min(queued.user_id),
+                          (array_agg(queued.specialization order by queued.user_id))[1],
+                          (array_agg(queued.message order by queued.user_id))[1]) end,
+         'Remove the cause (see sqlstate and message in level_sync.sync_queue), then select level_sync.requeue().'
+    from level_sync.sync_queue as queued
+   where queued.dead_at is not null
+   union all
+  select 'queue_draining',
+         count(*) = 0,
+         case when count(*) = 0 then 'nothing is overdue'
+              else format('%s pairs overdue, the oldest since %s', count(*), min(queued.next_attempt_at)) end,
+         'The job level_sync_maintain drains every minute; see the schedule check, or call level_sync.drain_queue().'
+    from level_sync.sync_queue as queued
+   where queued.dead_at is null
+     and queued.next_attempt_at < clock_timestamp() - interval '5 minutes'
+$$;
+
+comment on function level_sync._check_queue() is 'No dead pair, and none that has been due for more than five minutes.';
+
+create or replace function level_sync._check_runs()
+  returns table (name text, ok boolean, detail text, hint text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 'last_success',
+         coalesce(latest.job_start >= level_sync._last_slot(settings.schedule, clock_timestamp() - settings.misfire_grace), false),
+         coalesce(format('last successful run %s', latest.job_start), 'no run has succeeded yet'),
+         'Look at level_sync.sync_log and at the schedule check; call level_sync.reconcile() runs it now.'
+    from level_sync.settings
+    left join lateral (
+      select max(sync_log.job_start) as job_start
+        from level_sync.sync_log
+       where sync_log.status in ('success', 'partial') and not sync_log.dry_run
+    ) as latest on true
+   union all
+  select 'last_run',
+         coalesce(latest.status in ('success', 'running', 'skipped'), true),
+         coalesce(format('run %s: %s%s', latest.run_id, latest.status, ', ' || latest.error), 'no run yet'),
+         case latest.status
+           when 'needs_approval' then format('Look at level_sync.sync_plan, then call level_sync.reconcile(plan => %s, approve => true).', latest.run_id)
+           else 'See error and results of that row in level_sync.sync_log.' end
+    from (values (1)) as one
+    left join lateral (
+      select * from level_sync.sync_log where not sync_log.dry_run order by sync_log.run_id desc limit 1
+    ) as latest on true
+   union all
+  select 'running',
+         count(*) = 0 or level_sync._is_run_active(),
+         case when count(*) = 0 then 'no run is at work'
+              when level_sync._is_run_active() then 'a run is at work'
+              else format('run %s says running, but its session is gone', min(sync_log.run_id)) end,
+         'The next run marks it aborted and finishes the work.'
+    from level_sync.sync_log
+   where sync_log.status = 'running'
+$$;
+
+comment on function level_sync._check_runs() is
+  'The last slot of the schedule has seen a successful run, the last run went well, and none says running that is not.';
+
+create or replace function level_sync._check_schedule()
+  returns table (name text, ok boolean, detail text, hint text)
+  language plpgsql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  cron   record;
+  wanted record;
+  job    record;
+  run    record;
+  installed_here constant text := 'Run level-sync schedule.';
+begin
+  select * into cron from level_sync._cron_access();
+  if not cron.is_preloaded then
+    return query select 'schedule', false, 'pg_cron is not preloaded'::text,
+      'Install postgresql-NN-cron, set shared_preload_libraries = ''pg_cron'' and restart; or run "level-sync reconcile" from another scheduler.';
+    return;
+  end if;
+
+  -- Shown to roles with pg_monitor only; without it the process list says nothing of the launcher.
+  return query
+    select 'cron_launcher',
+           case when pg_has_role(session_user, 'pg_monitor', 'usage') or pg_has_role(current_user, 'pg_monitor', 'usage')
+                then exists (select from pg_stat_activity where pg_stat_activity.backend_type like 'pg_cron%') end,
+           case when exists (select from pg_stat_activity where pg_stat_activity.backend_type like 'pg_cron%')
+                then 'the pg_cron launcher runs' else 'the pg_cron launcher is not seen' end,
+           'Restart the server; look into its log for "pg_cron".';
+
+  if not cron.may_read then
+    return query select 'schedule', null::boolean,
+      case when cron.is_here then 'not checked: no right to read cron.job'
+           else format('not checked: the jobs stand in database %s', cron.cron_database) end,
+      case when cron.is_here then 'grant usage on schema cron and select on cron.job to the owner of level_sync.'
+           else 'level-sync verify looks there.' end;
+    return;
+  end if;
+
+  for wanted in
+    select * from (values ('level_sync_reconcile', 'call level_sync.reconcile(started_by => ''cron'')',
+                           (select settings.schedule from level_sync.settings)),
+                          ('level_sync_maintain', 'call level_sync.maintain()', '* * * * *')
+                  ) as jobs (jobname, command, expression)
+  loop
+    job := null;
+    execute $sql$
+      select cron_job.*, role.rolname is not null as has_role,
+             coalesce(has_schema_privilege(role.oid, 'level_sync', 'usage')
+                      and has_function_privilege(role.oid, $3, 'execute'), false) as may_run
+        from cron.job as cron_job
+        left join pg_roles as role on role.rolname = cron_job.username
+       where cron_job.jobname = $1
+       order by cron_job.database = $2 desc, cron_job.active desc
+       limit 1
+    $sql$ into job using wanted.jobname, current_database(),
+      case wanted.jobname when 'level_sync_maintain' then 'level_sync.maintain()'
+                          else 'level_sync.reconcile(boolean,text,bigint,boolean,text)' end;
+
+    name := 'schedule: ' || wanted.jobname;
+    hint := installed_here;
+    detail := case
+      when job.jobid is null then 'the job is missing'
+      when job.database <> current_database()::text then format('the job runs in database %s, not here', job.database)
+      when not job.active then 'the job is not active'
+      when btrim(job.command, ' ;') <> wanted.command then format('the job runs another command: %s', job.command)
+      when job.schedule <> wanted.expression then format('the job runs at %s instead of %s', job.schedule, wanted.expression)
+      when not job.has_role then format('the job runs as role %s, which does not exist', job.username)
+      when not job.may_run then format('the job runs as role %s, which may not call it', job.username)
+    end;
+    ok := detail is null;
+    detail := coalesce(detail, format('job %s at %s as %s', job.jobid, job.schedule, job.username));
+    return next;
+
+    if job.jobid is not null then
+      run := null;
+      execute $sql$
+        select details.status, details.return_message, details.start_time
+          from cron.job_run_details as details
+         where details.jobid = $1 and details.status in ('succeeded', 'failed')
+         order by details.runid desc
+         limit 1
+      $sql$ into run using job.jobid;
+      name := 'cron run: ' || wanted.jobname;
+      -- A connection that failed leaves a row without times.
+      ok := run.status is null or run.status = 'succeeded' and run.start_time is not null;
+      detail := coalesce(format('last run %s at %s: %s', run.status, coalesce(run.start_time::text, 'no time'),
+                                run.return_message), 'no run yet');
+      hint := case when run.return_message like '%connection%' or run.status = 'failed' and run.start_time is null
+                   then 'pg_cron could not connect: set cron.use_background_workers = on, or allow it in pg_hba.conf.'
+                   else 'See return_message in cron.job_run_details.' end;
+      return next;
+    end if;
+  end loop;
+exception when undefined_table or insufficient_privilege then
+  return query select 'schedule', null::boolean, format('not checked: %s', sqlerrm), 'Give the owner of level_sync the right to read cron.job and cron.job_run_details.'::text;
+end
+$$;
+
+comment on function level_sync._check_schedule() is
+  'pg_cron is there, both jobs are scheduled here, active, with the right command and role, and their last runs went well.';
+
+create or replace view level_sync.health as
+select * from level_sync._check_triggers()
+ union all select * from level_sync._check_functions()
+ union all select * from level_sync._check_foreign_keys()
+ union all select * from level_sync._check_orphans()
+ union all select * from level_sync._check_pairs()
+ union all select * from level_sync._check_queue()
+ union all select * from level_sync._check_runs()
+ union all select * from level_sync._check_schedule();
+
+comment on view level_sync.health is 'One row per check: name, ok (NULL where it could not be made), detail, hint (what to do).';
+comment on column level_sync.health.name is 'What is checked.';
+comment on column level_sync.health.ok is 'true: good. false: not. NULL: could not be checked, which is not good either.';
+comment on column level_sync.health.detail is 'What was found.';
+comment on column level_sync.health.hint is 'What to do where ok is not true.';
