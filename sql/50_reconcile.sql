@@ -306,6 +306,36 @@ $$;
 comment on function level_sync._finish_run(bigint, bigint, text, text) is
   'Closes the row of a run with its counts and sends it as NOTIFY level_sync.';
 
+create or replace function level_sync._tell_progress(phase text, at_user bigint, plan_id bigint)
+  returns void
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  progress jsonb;
+begin
+  if current_setting('level_sync.tell_progress', true) is distinct from 'on' or at_user is null then
+    return;
+  end if;
+  select case phase
+           when 'looking' then (
+             select jsonb_build_object('done', at_user - ends.first, 'total', greatest(ends.last - ends.first, 1))
+               from (select least(min(progress.student_id), (select min(license.user_id) from public.user_licenses as license)) as first,
+                            greatest(max(progress.student_id), (select max(license.user_id) from public.user_licenses as license)) as last
+                       from public.specialization_progress as progress) as ends)
+           else (
+             select jsonb_build_object('done', count(*) filter (where plan.outcome <> 'planned'), 'total', count(*))
+               from level_sync.sync_plan as plan where plan.run_id = plan_id)
+         end
+    into progress;
+  raise notice using message = 'level_sync progress', detail = (progress || jsonb_build_object('phase', phase))::text;
+end
+$$;
+
+comment on function level_sync._tell_progress(text, bigint, bigint) is
+  'For a client that has set level_sync.tell_progress to on: how far a run is, as jsonb in the detail of a NOTICE.';
+
 create or replace function level_sync._count_planned(plan_id bigint)
   returns bigint
   language sql
@@ -401,6 +431,7 @@ begin
     if not is_inside_transaction then
       commit;
     end if;
+    perform level_sync._tell_progress('looking', next_user, plan_id);
   end loop;
 
   -- 3. More than anybody expects is not repaired unasked.
@@ -432,6 +463,7 @@ begin
     if tries > 0 and error is null then
       perform pg_catalog.pg_sleep(0.1 * tries);
     end if;
+    perform level_sync._tell_progress('repairing', last_user, plan_id);
   end loop;
 
   perform level_sync._finish_run(run_id, plan_id,

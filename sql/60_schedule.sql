@@ -56,7 +56,7 @@ begin
          select old.runid
            from cron.job_run_details as old
            join cron.job on job.jobid = old.jobid
-          where job.jobname in ('level_sync_reconcile', 'level_sync_maintain')
+          where starts_with(job.jobname, 'level_sync_')
             and job.database = current_database()
             and old.start_time < clock_timestamp() - $1
           limit $2)
@@ -257,6 +257,22 @@ $$;
 
 comment on function level_sync._cron_access() is 'Whether pg_cron is preloaded, lives in this database and may be read.';
 
+create or replace function level_sync._wanted_cron_jobs(cron_expression text default null)
+  returns table (jobname text, schedule text, command text, signature text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 'level_sync_reconcile', coalesce(cron_expression, settings.schedule),
+         'call level_sync.reconcile(started_by => ''cron'')', 'level_sync.reconcile(boolean,text,bigint,boolean,text)'
+    from level_sync.settings
+   union all
+  select 'level_sync_maintain', '* * * * *', 'call level_sync.maintain()', 'level_sync.maintain()'
+$$;
+
+comment on function level_sync._wanted_cron_jobs(text) is 'The two jobs as they should stand in cron.job.';
+
 create or replace function level_sync.schedule(cron_expression text default null)
   returns jsonb
   language plpgsql
@@ -264,9 +280,10 @@ create or replace function level_sync.schedule(cron_expression text default null
 as $$
 declare
   cron      record;
-  wanted    text := coalesce(cron_expression, (select settings.schedule from level_sync.settings));
-  reconcile bigint;
-  maintain  bigint;
+  job       record;
+  job_id    bigint;
+  wanted    text  := coalesce(cron_expression, (select settings.schedule from level_sync.settings));
+  scheduled jsonb := '{}';
 begin
   perform level_sync._last_slot(wanted, clock_timestamp());
   select * into cron from level_sync._cron_access();
@@ -281,11 +298,11 @@ begin
   end if;
 
   update level_sync.settings set schedule = wanted;
-  execute 'select cron.schedule($1, $2, $3)' into reconcile
-    using 'level_sync_reconcile', wanted, 'call level_sync.reconcile(started_by => ''cron'')';
-  execute 'select cron.schedule($1, $2, $3)' into maintain
-    using 'level_sync_maintain', '* * * * *', 'call level_sync.maintain()';
-  return jsonb_build_object('level_sync_reconcile', reconcile, 'level_sync_maintain', maintain, 'schedule', wanted);
+  for job in select * from level_sync._wanted_cron_jobs(wanted) loop
+    execute 'select cron.schedule($1, $2, $3)' into job_id using job.jobname, job.schedule, job.command;
+    scheduled := scheduled || jsonb_build_object(job.jobname, job_id);
+  end loop;
+  return scheduled || jsonb_build_object('schedule', wanted);
 end
 $$;
 
@@ -304,7 +321,7 @@ begin
     execute $sql$
       select count(cron.unschedule(job.jobid))
         from cron.job
-       where job.jobname in ('level_sync_reconcile', 'level_sync_maintain')
+       where (starts_with(job.jobname, 'level_sync_reconcile') or starts_with(job.jobname, 'level_sync_maintain'))
          and job.database = current_database()
     $sql$ into removed;
   end if;

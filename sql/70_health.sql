@@ -201,6 +201,81 @@ $$;
 comment on function level_sync._check_runs() is
   'The last slot of the schedule has seen a successful run, the last run went well, and none says running that is not.';
 
+-- The same query here, and by level-sync verify in the database of pg_cron where that is another one.
+create or replace function level_sync._cron_jobs_query()
+  returns text
+  language sql
+  immutable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select $sql$
+    select coalesce(pg_catalog.jsonb_agg(pg_catalog.to_jsonb(job) || pg_catalog.jsonb_build_object('last_run', (
+             select pg_catalog.to_jsonb(details)
+               from cron.job_run_details as details
+              where details.jobid = job.jobid
+                and details.status in ('succeeded', 'failed')
+              order by details.runid desc
+              limit 1))), '[]')
+      from cron.job
+     where pg_catalog.starts_with(job.jobname, 'level_sync_')
+  $sql$
+$$;
+
+comment on function level_sync._cron_jobs_query() is 'Query that gives our jobs of cron.job with the last run of each, as jsonb.';
+
+create or replace function level_sync._judge_cron_jobs(jobs jsonb)
+  returns table (name text, ok boolean, detail text, hint text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  with judged as (
+    select wanted.jobname, job.*,
+           case
+             when job.jobid is null then 'the job is missing'
+             when job.database <> current_database() then format('the job runs in database %s, not in %s', job.database, current_database())
+             when not job.active then 'the job is not active'
+             when btrim(job.command, ' ;') <> wanted.command then format('the job runs another command: %s', job.command)
+             when job.schedule <> wanted.schedule then format('the job runs at %s instead of %s', job.schedule, wanted.schedule)
+             when role.oid is null then format('the job runs as role %s, which does not exist', job.username)
+             when not (has_schema_privilege(role.oid, 'level_sync', 'usage')
+                       and has_function_privilege(role.oid, wanted.signature, 'execute'))
+               then format('the job runs as role %s, which may not call it', job.username)
+           end as problem
+      from level_sync._wanted_cron_jobs() as wanted
+      left join lateral (
+        select candidate.*
+          from jsonb_to_recordset(jobs) as candidate (
+            jobid bigint, jobname text, schedule text, command text, database text, username text, active boolean, last_run jsonb)
+         -- Where two databases share one pg_cron, the second one's name is added to its jobs.
+         where candidate.jobname in (wanted.jobname, wanted.jobname || '_' || current_database())
+         order by candidate.database = current_database() desc, candidate.active desc
+         limit 1
+      ) as job (jobid, name, schedule, command, database, username, active, last_run) on true
+      left join pg_roles as role on role.rolname = job.username
+  )
+  select 'schedule: ' || judged.jobname, judged.problem is null,
+         coalesce(judged.problem, format('job %s at %s as %s', judged.jobid, judged.schedule, judged.username)),
+         'Run level-sync schedule.'
+    from judged
+   union all
+  select 'cron run: ' || judged.jobname,
+         judged.last_run ->> 'status' = 'succeeded' and judged.last_run ->> 'start_time' is not null
+           or judged.last_run is null or jsonb_typeof(judged.last_run) = 'null',
+         coalesce(format('last run %s at %s: %s', judged.last_run ->> 'status',
+                         coalesce(judged.last_run ->> 'start_time', 'no time'), judged.last_run ->> 'return_message'),
+                  'no run yet'),
+         case when judged.last_run ->> 'start_time' is null
+              then 'pg_cron could not connect: set cron.use_background_workers = on, or allow it in pg_hba.conf.'
+              else 'See return_message in cron.job_run_details.' end
+    from judged
+   where judged.jobid is not null
+$$;
+
+comment on function level_sync._judge_cron_jobs(jsonb) is
+  'Both jobs are scheduled for this database, active, with the right command, time and role, and their last runs went well.';
+
 create or replace function level_sync._check_schedule()
   returns table (name text, ok boolean, detail text, hint text)
   language plpgsql
@@ -209,11 +284,8 @@ create or replace function level_sync._check_schedule()
   set search_path = pg_catalog, pg_temp
 as $$
 declare
-  cron   record;
-  wanted record;
-  job    record;
-  run    record;
-  installed_here constant text := 'Run level-sync schedule.';
+  cron record;
+  jobs jsonb;
 begin
   select * into cron from level_sync._cron_access();
   if not cron.is_preloaded then
@@ -222,86 +294,95 @@ begin
     return;
   end if;
 
-  -- Shown to roles with pg_monitor only; without it the process list says nothing of the launcher.
+  -- Who may not see the processes of others cannot tell whether the launcher runs.
   return query
     select 'cron_launcher',
-           case when pg_has_role(session_user, 'pg_monitor', 'usage') or pg_has_role(current_user, 'pg_monitor', 'usage')
-                then exists (select from pg_stat_activity where pg_stat_activity.backend_type like 'pg_cron%') end,
-           case when exists (select from pg_stat_activity where pg_stat_activity.backend_type like 'pg_cron%')
-                then 'the pg_cron launcher runs' else 'the pg_cron launcher is not seen' end,
-           'Restart the server; look into its log for "pg_cron".';
+           case when launcher.is_seen then true
+                when pg_has_role(current_user, 'pg_read_all_stats', 'usage') then false end,
+           case when launcher.is_seen then 'the pg_cron launcher runs' else 'the pg_cron launcher is not seen' end,
+           'Restart the server; look into its log for "pg_cron".'
+      from (select exists (select from pg_stat_activity where pg_stat_activity.backend_type like 'pg_cron%')) as launcher (is_seen);
 
   if not cron.may_read then
     return query select 'schedule', null::boolean,
       case when cron.is_here then 'not checked: no right to read cron.job'
-           else format('not checked: the jobs stand in database %s', cron.cron_database) end,
-      case when cron.is_here then 'grant usage on schema cron and select on cron.job to the owner of level_sync.'
+           else format('not checked from here: the jobs stand in database %s', cron.cron_database) end,
+      case when cron.is_here then 'Grant usage on schema cron and select on its tables to the owner of level_sync.'
            else 'level-sync verify looks there.' end;
     return;
   end if;
-
-  for wanted in
-    select * from (values ('level_sync_reconcile', 'call level_sync.reconcile(started_by => ''cron'')',
-                           (select settings.schedule from level_sync.settings)),
-                          ('level_sync_maintain', 'call level_sync.maintain()', '* * * * *')
-                  ) as jobs (jobname, command, expression)
-  loop
-    job := null;
-    execute $sql$
-      select cron_job.*, role.rolname is not null as has_role,
-             coalesce(has_schema_privilege(role.oid, 'level_sync', 'usage')
-                      and has_function_privilege(role.oid, $3, 'execute'), false) as may_run
-        from cron.job as cron_job
-        left join pg_roles as role on role.rolname = cron_job.username
-       where cron_job.jobname = $1
-       order by cron_job.database = $2 desc, cron_job.active desc
-       limit 1
-    $sql$ into job using wanted.jobname, current_database(),
-      case wanted.jobname when 'level_sync_maintain' then 'level_sync.maintain()'
-                          else 'level_sync.reconcile(boolean,text,bigint,boolean,text)' end;
-
-    name := 'schedule: ' || wanted.jobname;
-    hint := installed_here;
-    detail := case
-      when job.jobid is null then 'the job is missing'
-      when job.database <> current_database()::text then format('the job runs in database %s, not here', job.database)
-      when not job.active then 'the job is not active'
-      when btrim(job.command, ' ;') <> wanted.command then format('the job runs another command: %s', job.command)
-      when job.schedule <> wanted.expression then format('the job runs at %s instead of %s', job.schedule, wanted.expression)
-      when not job.has_role then format('the job runs as role %s, which does not exist', job.username)
-      when not job.may_run then format('the job runs as role %s, which may not call it', job.username)
-    end;
-    ok := detail is null;
-    detail := coalesce(detail, format('job %s at %s as %s', job.jobid, job.schedule, job.username));
-    return next;
-
-    if job.jobid is not null then
-      run := null;
-      execute $sql$
-        select details.status, details.return_message, details.start_time
-          from cron.job_run_details as details
-         where details.jobid = $1 and details.status in ('succeeded', 'failed')
-         order by details.runid desc
-         limit 1
-      $sql$ into run using job.jobid;
-      name := 'cron run: ' || wanted.jobname;
-      -- A connection that failed leaves a row without times.
-      ok := run.status is null or run.status = 'succeeded' and run.start_time is not null;
-      detail := coalesce(format('last run %s at %s: %s', run.status, coalesce(run.start_time::text, 'no time'),
-                                run.return_message), 'no run yet');
-      hint := case when run.return_message like '%connection%' or run.status = 'failed' and run.start_time is null
-                   then 'pg_cron could not connect: set cron.use_background_workers = on, or allow it in pg_hba.conf.'
-                   else 'See return_message in cron.job_run_details.' end;
-      return next;
-    end if;
-  end loop;
-exception when undefined_table or insufficient_privilege then
-  return query select 'schedule', null::boolean, format('not checked: %s', sqlerrm), 'Give the owner of level_sync the right to read cron.job and cron.job_run_details.'::text;
+  execute level_sync._cron_jobs_query() into jobs;
+  return query select * from level_sync._judge_cron_jobs(jobs);
+exception when insufficient_privilege or undefined_table then
+  return query select 'schedule', null::boolean, format('not checked: %s', sqlerrm),
+    'Grant usage on schema cron and select on its tables to the owner of level_sync.'::text;
 end
 $$;
 
 comment on function level_sync._check_schedule() is
-  'pg_cron is there, both jobs are scheduled here, active, with the right command and role, and their last runs went well.';
+  'pg_cron is preloaded and its launcher runs, and what _judge_cron_jobs says of the jobs; NULL where they cannot be read.';
+
+-- Writes a pair both ways and takes it back. Not part of health: reading a view should not write.
+create or replace function level_sync._check_live()
+  returns table (name text, ok boolean, detail text, hint text)
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+  set lock_timeout = '1s'
+as $$
+declare
+  pair    record;
+  reached integer;
+begin
+  name := 'live';
+  hint := 'Look at the triggers and functions checks, and at level_sync.sync_queue.';
+  begin
+    select progress.student_id as user_id, progress.specialization_id as specialization,
+           case progress.current_level when 1 then 2 else progress.current_level - 1 end as other_level,
+           progress.current_level as level
+      into pair
+      from public.specialization_progress as progress
+      join public.user_licenses as license
+        on license.user_id = progress.student_id and license.specialization_type = progress.specialization_id
+      join public.specializations as specialization
+        on specialization.id = progress.specialization_id and coalesce(specialization.max_levels, 2) > 1
+     where license.current_level = progress.current_level
+     limit 1
+       for update of progress, license skip locked;
+    if not found then
+      detail := 'not checked: there is no pair that could be written';
+      return next;
+      return;
+    end if;
+
+    update public.specialization_progress as progress set current_level = pair.other_level
+     where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization;
+    set constraints level_sync.pending_pairs_committed immediate;
+    select license.current_level into reached from public.user_licenses as license
+     where license.user_id = pair.user_id and license.specialization_type = pair.specialization;
+    if reached is distinct from pair.other_level then
+      raise exception using errcode = 'LVS01', message = 'a progress level did not arrive at the license';
+    end if;
+
+    update public.user_licenses as license set current_level = pair.level
+     where license.user_id = pair.user_id and license.specialization_type = pair.specialization;
+    set constraints level_sync.pending_pairs_committed immediate;
+    select progress.current_level into reached from public.specialization_progress as progress
+     where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization;
+    if reached is distinct from pair.level then
+      raise exception using errcode = 'LVS01', message = 'a license level did not arrive at the progress';
+    end if;
+    raise exception using errcode = 'LVS00', message = 'a level went both ways and was taken back';
+  exception when others then
+    ok := sqlstate = 'LVS00';
+    detail := sqlerrm;
+  end;
+  return next;
+end
+$$;
+
+comment on function level_sync._check_live() is
+  'Writes the level of a pair on each side, sees it arrive on the other, and takes everything back.';
 
 create or replace view level_sync.health as
 select * from level_sync._check_triggers()

@@ -11,10 +11,13 @@ from typing import Annotated, Any
 import psycopg
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from level_sync import demo as demonstration
 from level_sync import install
+from level_sync import verify as verification
 from level_sync.database import connect, queries
 
 app = typer.Typer(
@@ -25,7 +28,7 @@ app = typer.Typer(
 console = Console()
 error_console = Console(stderr=True)
 
-NO_CONNECTION = 32
+RUN_FAILED, NEEDS_APPROVAL, SKIPPED, INTERRUPTED = 1, 3, 4, 130
 
 Dsn = Annotated[
     str,
@@ -57,7 +60,7 @@ def _plain_errors() -> Iterator[None]:
             raise typer.Exit(1) from error
         error_console.print(f"No connection: {_message(error)}", markup=False)
         error_console.print("Give --dsn, or set DATABASE_URL or PGHOST, PGUSER and PGDATABASE.")
-        raise typer.Exit(NO_CONNECTION) from error
+        raise typer.Exit(verification.NO_CONNECTION) from error
     except (psycopg.Error, install.MigrateError, demonstration.DemoError) as error:
         error_console.print(_message(error), markup=False)
         raise typer.Exit(1) from error
@@ -78,8 +81,14 @@ def _print_rows(title: str, rows: list[dict[str, Any]], as_json: bool, empty: st
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
+
+
+def _cell(value: object) -> str:
+    """Text for a table: what a user wrote is shown, never obeyed, neither as markup nor by the terminal."""
+    text = "" if value is None else str(value)
+    return escape("".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text))
 
 
 @app.command()
@@ -175,3 +184,150 @@ def queue(dsn: Dsn = "", limit: RowLimit = 20, as_json: AsJson = False) -> None:
     with _plain_errors(), connect(dsn) as connection:
         rows = list(queries.queue(connection, row_limit=limit))
     _print_rows("queue", rows, as_json, "the queue is empty")
+
+
+@app.command()
+def log(dsn: Dsn = "", limit: RowLimit = 20, as_json: AsJson = False) -> None:
+    """The runs of the reconcile, newest first."""
+    with _plain_errors(), connect(dsn) as connection:
+        rows = list(queries.log(connection, row_limit=limit))
+    _print_rows("log", rows, as_json, "no run yet")
+
+
+@app.command()
+def reconcile(
+    dsn: Dsn = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; record the plan.")] = False,
+    direction: Annotated[
+        str | None,
+        typer.Option("--direction", help="progress_to_license or license_to_progress instead of the policy."),
+    ] = None,
+    plan: Annotated[int | None, typer.Option("--plan", help="Apply exactly the plan of this run.")] = None,
+    approve: Annotated[bool, typer.Option("--approve", help="Repair more than settings.repair_limit.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find every desync, repair it and log the run.
+
+    Exit code: 0 done, 1 failed or partial, 3 needs approval, 4 skipped because another run is at work.
+    """
+    # Only a statement sent as text, without a parse of its own, lets the procedure see that it may commit.
+    with _plain_errors(), connect(dsn, cursor_factory=psycopg.ClientCursor) as connection:
+        try:
+            with _progress_of_run(connection):
+                queries.reconcile(connection, dry_run=dry_run, direction=direction, plan=plan, approve=approve)
+        except KeyboardInterrupt:
+            error_console.print("Interrupted: what was committed stands, and the run is logged as aborted.")
+            raise typer.Exit(INTERRUPTED) from None
+        run: dict[str, Any] = queries.own_last_run(connection)
+    if as_json:
+        typer.echo(json.dumps(run, default=str))
+    else:
+        _print_rows("run", [{"what": key, "value": value} for key, value in run.items() if key != "results"], False, "")
+        if run["status"] == "needs_approval":
+            console.print(f"Look at level_sync.sync_plan, then: level-sync reconcile --plan {run['run_id']} --approve")
+    codes = {"success": 0, "needs_approval": NEEDS_APPROVAL, "skipped": SKIPPED}
+    raise typer.Exit(codes.get(run["status"], RUN_FAILED))
+
+
+@contextlib.contextmanager
+def _progress_of_run(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """A bar with rate and time left, fed by the notices of the run; on standard error, so that --json stays clean."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=error_console, transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(diagnostic: psycopg.errors.Diagnostic) -> None:
+            if diagnostic.message_primary != "level_sync progress" or diagnostic.message_detail is None:
+                return
+            at = json.loads(diagnostic.message_detail)
+            if at["phase"] not in tasks:
+                tasks[at["phase"]] = progress.add_task(at["phase"])
+            progress.update(tasks[at["phase"]], completed=at["done"], total=at["total"])
+
+        connection.add_notice_handler(show)
+        queries.tell_progress(connection)
+        try:
+            yield
+        finally:
+            connection.remove_notice_handler(show)
+
+
+@app.command()
+def undo(
+    run: Annotated[int, typer.Argument(help="run_id from level-sync log.")], dsn: Dsn = "", as_json: AsJson = False
+) -> None:
+    """Put back what a run changed, where the pair has not changed since."""
+    with _plain_errors(), connect(dsn) as connection:
+        answer: dict[str, Any] = queries.undo(connection, run_id=run)
+    typer.echo(json.dumps(answer) if as_json else answer["message"])
+
+
+@app.command()
+def schedule(
+    dsn: Dsn = "",
+    cron_expression: Annotated[
+        str | None, typer.Option("--cron", help="Five-field cron expression; without it settings.schedule.")
+    ] = None,
+) -> None:
+    """Make or update the pg_cron jobs: the reconcile, and the maintenance every minute."""
+    with _plain_errors(), connect(dsn) as connection:
+        access = queries.cron_access(connection)
+        if access["is_preloaded"] and not access["is_here"]:
+            expression = cron_expression or queries.settings(connection)["schedule"]
+            queries.check_cron_expression(connection, cron_expression=expression)
+            with connect(dsn, database=access["cron_database"]) as cron_connection:
+                for job in queries.wanted_cron_jobs(connection, cron_expression=expression):
+                    queries.schedule_elsewhere(cron_connection, **job, database=connection.info.dbname)
+            queries.keep_schedule(connection, cron_expression=expression)
+            console.print(f"scheduled at {expression}, by pg_cron in database {access['cron_database']}")
+        else:
+            answer: dict[str, Any] = queries.schedule(connection, cron_expression=cron_expression)
+            console.print(f"scheduled at {answer['schedule']}")
+
+
+@app.command()
+def unschedule(dsn: Dsn = "") -> None:
+    """Remove the pg_cron jobs."""
+    with _plain_errors(), connect(dsn) as connection:
+        access = queries.cron_access(connection)
+        if access["is_preloaded"] and not access["is_here"]:
+            with connect(dsn, database=access["cron_database"]) as cron_connection:
+                removed: int = queries.unschedule_elsewhere(cron_connection, database=connection.info.dbname)
+        else:
+            removed = queries.unschedule(connection)
+    console.print(f"{removed} job(s) removed")
+
+
+@app.command()
+def verify(
+    dsn: Dsn = "",
+    live: Annotated[
+        bool, typer.Option("--live", help="Also write a pair both ways in a transaction and take it back.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Every check, its result and what to do.
+
+    Exit code, added up: 1 desync, 2 schema or trigger drift, 4 schedule, 8 dead or stuck queue, 16 foreign keys or
+    orphans, 32 no connection. What could not be checked counts as not good.
+    """
+    with _plain_errors():
+        checks = verification.verify(dsn, live=live)
+    code = verification.exit_code(checks)
+    if as_json:
+        typer.echo(json.dumps({"ok": code == 0, "exit_code": code, "checks": [check.as_json() for check in checks]}))
+    else:
+        words = {True: "[green]ok[/green]", False: "[red]NOT OK[/red]", None: "[yellow]not checked[/yellow]"}
+        table = Table(title="verify", title_justify="left")
+        for column in ("check", "result", "found", "what to do"):
+            table.add_column(column, overflow="fold")
+        for check in checks:
+            hint = "" if check.ok else check.hint
+            table.add_row(check.name, words[check.ok], _cell(check.detail), _cell(hint))
+        console.print(table)
+    raise typer.Exit(code)

@@ -21,6 +21,13 @@ def libpq_dsn(dsn: str) -> str:
     return re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn)
 
 
-def connect(dsn: str) -> psycopg.Connection[dict[str, Any]]:
-    """Opens an autocommit connection whose rows are dicts. Raises psycopg.OperationalError where no server answers."""
-    return psycopg.connect(libpq_dsn(dsn), autocommit=True, row_factory=dict_row, application_name="level-sync")
+def connect(dsn: str, database: str | None = None, **options: Any) -> psycopg.Connection[dict[str, Any]]:
+    """Opens an autocommit connection whose rows are dicts, to `database` instead of the dsn's where one is given.
+
+    Raises psycopg.OperationalError where no server answers.
+    """
+    if database is not None:
+        options["dbname"] = database
+    return psycopg.connect(
+        libpq_dsn(dsn), autocommit=True, row_factory=dict_row, application_name="level-sync", **options
+    )

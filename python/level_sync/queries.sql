@@ -77,3 +77,75 @@ select queue_id, queued_at, user_id, specialization, side, change, sqlstate, mes
   from level_sync.sync_queue
  order by queue_id
  limit :row_limit
+
+-- name: tell_progress()$
+select set_config('level_sync.tell_progress', 'on', false)
+
+-- name: reconcile(dry_run, direction, plan, approve)!
+call level_sync.reconcile(dry_run => :dry_run, direction => :direction, plan => :plan, approve => :approve)
+
+-- name: own_last_run()^
+select run_id, status, dry_run, direction, started_by, job_start, job_end, duration_seconds, issues_found, synced_count,
+       failed_count, results, error
+  from level_sync.sync_log
+ where backend_pid = pg_backend_pid()
+ order by run_id desc
+ limit 1
+
+-- name: log(row_limit)
+select run_id, status, dry_run, direction, started_by, job_start, duration_seconds, issues_found, synced_count,
+       failed_count, error
+  from level_sync.sync_log
+ order by run_id desc
+ limit :row_limit
+
+-- name: undo(run_id)$
+select level_sync.undo(:run_id)
+
+-- name: health()
+select name, ok, detail, hint from level_sync.health
+
+-- name: check_live()
+select name, ok, detail, hint from level_sync._check_live()
+
+-- name: loaded_functions()
+select proname as name, prosrc as body
+  from pg_proc
+ where pronamespace = 'level_sync'::regnamespace
+
+-- name: cron_access()^
+select is_preloaded, is_here, may_read, cron_database from level_sync._cron_access()
+
+-- name: schedule(cron_expression)$
+select level_sync.schedule(:cron_expression)
+
+-- name: unschedule()$
+select level_sync.unschedule()
+
+-- name: check_cron_expression(cron_expression)$
+select level_sync._last_slot(:cron_expression, clock_timestamp())
+
+-- name: keep_schedule(cron_expression)!
+update level_sync.settings set schedule = :cron_expression
+
+-- name: cron_jobs_query()$
+select level_sync._cron_jobs_query()
+
+-- name: wanted_cron_jobs(cron_expression)
+select jobname, schedule, command from level_sync._wanted_cron_jobs(:cron_expression)
+
+-- name: judge_cron_jobs(jobs)
+select name, ok, detail, hint from level_sync._judge_cron_jobs(:jobs)
+
+-- name: schedule_elsewhere(jobname, schedule, command, database)$
+-- In the database of pg_cron, for a job in another one. A name that serves one database already gets this one's added.
+select cron.schedule_in_database(
+         case when exists (select from cron.job where jobname = :jobname and database <> :database)
+              then :jobname || '_' || :database else :jobname end,
+         :schedule, :command, :database)
+
+-- name: unschedule_elsewhere(database)$
+select count(cron.unschedule(jobid))
+  from cron.job
+ where (starts_with(jobname, 'level_sync_reconcile') or starts_with(jobname, 'level_sync_maintain'))
+   and database = :database

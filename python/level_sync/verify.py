@@ -1,0 +1,111 @@
+"""The verification script: every check of level_sync.health, and those only a client can make.
+
+The exit code is a bit mask, so that a monitor sees at once what is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from level_sync import install
+from level_sync.database import connect, queries
+
+DESYNC, DRIFT, SCHEDULE, QUEUE, FOREIGN_KEYS, NO_CONNECTION = 1, 2, 4, 8, 16, 32
+
+# The first word of a check's name tells its bit; a check that is not known here counts as drift.
+BITS = {
+    "desync": DESYNC,
+    "triggers": DRIFT,
+    "functions": DRIFT,
+    "shipped_functions": DRIFT,
+    "live": DRIFT,
+    "installation": DRIFT,
+    "schedule": SCHEDULE,
+    "cron_launcher": SCHEDULE,
+    "cron run": SCHEDULE,
+    "last_success": SCHEDULE,
+    "last_run": SCHEDULE,
+    "running": SCHEDULE,
+    "queue_dead": QUEUE,
+    "queue_draining": QUEUE,
+    "foreign_keys": FOREIGN_KEYS,
+    "orphans": FOREIGN_KEYS,
+}
+
+SHIPPED_FUNCTION = re.compile(
+    r"create or replace (?:function|procedure) level_sync\.(?P<name>\w+)\(.*?\bas \$\$(?P<body>.*?)\$\$;", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: ok is None where it could not be made, which is never good."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    hint: str
+
+    @property
+    def bit(self) -> int:
+        """What a failure adds to the exit code."""
+        return BITS.get(self.name.split(":")[0], DRIFT)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "bit": self.bit}
+
+
+def exit_code(checks: list[Check]) -> int:
+    """0 where all is good, else the sum of the bits of what is not good or could not be checked."""
+    code = 0
+    for check in checks:
+        if check.ok is not True:
+            code |= check.bit
+    return code
+
+
+def verify(dsn: str, *, live: bool = False) -> list[Check]:
+    """Makes every check. Raises psycopg.OperationalError where there is no connection."""
+    with connect(dsn) as connection:
+        if not queries.has_schema(connection):
+            return [Check("installation", False, "schema level_sync does not exist", "Run level-sync migrate.")]
+        checks = [Check(**row) for row in queries.health(connection)]
+        checks.append(_compare_with_shipped(connection))
+        if live:
+            checks += [Check(**row) for row in queries.check_live(connection)]
+        access = queries.cron_access(connection)
+        if access["is_preloaded"] and not access["is_here"]:
+            checks = [check for check in checks if not (check.name == "schedule" and check.ok is None)]
+            checks += _look_into_cron_database(dsn, connection, access["cron_database"])
+    return checks
+
+
+def _compare_with_shipped(connection: psycopg.Connection[Any]) -> Check:
+    """Functions of this database against those that ship with this package."""
+    shipped: set[tuple[str, str]] = set()
+    for file in install.shipped("sql").glob("*.sql"):
+        for function in SHIPPED_FUNCTION.finditer(file.read_text(encoding="utf-8")):
+            shipped.add((function["name"], function["body"]))
+    loaded = {(row["name"], row["body"]) for row in queries.loaded_functions(connection)}
+    differing = sorted({name for name, _ in shipped ^ loaded})
+    detail = f"{len(shipped)} functions equal to those of this package"
+    if differing:
+        detail = "differ from this package: " + ", ".join(differing)
+    return Check("shipped_functions", not differing, detail, "Run level-sync migrate with the version you mean to run.")
+
+
+def _look_into_cron_database(dsn: str, connection: psycopg.Connection[Any], cron_database: str) -> list[Check]:
+    """The jobs, where pg_cron lives in another database of the server."""
+    try:
+        with connect(dsn, database=cron_database) as cron_connection, cron_connection.cursor() as cursor:
+            row = cursor.execute(queries.cron_jobs_query(connection)).fetchone()
+    except psycopg.Error as error:
+        hint = f"Let this role connect to {cron_database} and read cron.job and cron.job_run_details there."
+        return [Check("schedule", None, f"not checked: {str(error).strip()}", hint)]
+    jobs = next(iter(row.values())) if row else []
+    return [Check(**found) for found in queries.judge_cron_jobs(connection, jobs=Jsonb(jobs))]
