@@ -168,7 +168,7 @@ create or replace function level_sync._check_runs()
 as $$
   select 'last_success',
          coalesce(latest.job_start >= level_sync._last_slot(settings.schedule, clock_timestamp() - settings.misfire_grace), false),
-         coalesce(format('last successful run %s', latest.job_start), 'no run has succeeded yet'),
+         coalesce('last successful run ' || latest.job_start, 'no run has succeeded yet'),
          'Look at level_sync.sync_log and at the schedule check; call level_sync.reconcile() runs it now.'
     from level_sync.settings
     left join lateral (
@@ -179,7 +179,8 @@ as $$
    union all
   select 'last_run',
          coalesce(latest.status in ('success', 'running', 'skipped'), true),
-         coalesce(format('run %s: %s%s', latest.run_id, latest.status, ', ' || latest.error), 'no run yet'),
+         case when latest.run_id is null then 'no run yet'
+              else format('run %s: %s%s', latest.run_id, latest.status, ', ' || latest.error) end,
          case latest.status
            when 'needs_approval' then format('Look at level_sync.sync_plan, then call level_sync.reconcile(plan => %s, approve => true).', latest.run_id)
            else 'See error and results of that row in level_sync.sync_log.' end
@@ -261,11 +262,12 @@ as $$
     from judged
    union all
   select 'cron run: ' || judged.jobname,
-         judged.last_run ->> 'status' = 'succeeded' and judged.last_run ->> 'start_time' is not null
-           or judged.last_run is null or jsonb_typeof(judged.last_run) = 'null',
-         coalesce(format('last run %s at %s: %s', judged.last_run ->> 'status',
-                         coalesce(judged.last_run ->> 'start_time', 'no time'), judged.last_run ->> 'return_message'),
-                  'no run yet'),
+         judged.last_run ->> 'status' is null
+           or judged.last_run ->> 'status' = 'succeeded' and judged.last_run ->> 'start_time' is not null,
+         case when judged.last_run ->> 'status' is null then 'no run yet'
+              else format('last run %s at %s: %s', judged.last_run ->> 'status',
+                          coalesce(judged.last_run ->> 'start_time', 'no time'), judged.last_run ->> 'return_message')
+         end,
          case when judged.last_run ->> 'start_time' is null
               then 'pg_cron could not connect: set cron.use_background_workers = on, or allow it in pg_hba.conf.'
               else 'See return_message in cron.job_run_details.' end
