@@ -16,7 +16,7 @@ import pytest
 from psycopg import sql
 
 from level_sync import install
-from servers import EmbeddedServer, Server, SystemServer, system_binaries
+from servers import CRON_CONFIGURATION, EmbeddedServer, Server, SystemServer, has_extension, system_binaries
 
 TEMPLATE = "migrated_template"
 _numbers = itertools.count(1)
@@ -37,7 +37,14 @@ def _start(name: str) -> Server:
         if os.geteuid() == 0 and Path("/etc/debian_version").exists():
             pytest.fail("PostgreSQL's packages are missing: run tests/install_server_packages first")
         pytest.skip(reason)
-    return SystemServer(binaries)
+    if not has_extension(binaries, "pg_cron"):
+        return SystemServer(binaries)
+    server = SystemServer(binaries, CRON_CONFIGURATION)
+    with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+        connection.execute("create database cron_home")
+    with psycopg.connect(dsn_of(server, "cron_home"), autocommit=True) as connection:
+        connection.execute("create extension pg_cron")
+    return server
 
 
 @pytest.fixture(scope="session", params=["system", "embedded"])

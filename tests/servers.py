@@ -23,6 +23,14 @@ track_functions = all
 log_min_messages = warning
 """
 
+# pg_cron lives in a database of its own, as on managed services.
+CRON_CONFIGURATION = """
+shared_preload_libraries = 'pg_cron'
+cron.database_name = 'cron_home'
+cron.use_background_workers = on
+max_worker_processes = 16
+"""
+
 EMBEDDED_VERSION = 18
 
 
@@ -50,7 +58,7 @@ class SystemServer:
 
     name = "system"
 
-    def __init__(self, binaries: Path) -> None:
+    def __init__(self, binaries: Path, configuration: str = "") -> None:
         self.binaries = binaries
         self.directory = Path(tempfile.mkdtemp(prefix="level_sync_test_"))
         self.data = self.directory / "data"
@@ -61,9 +69,16 @@ class SystemServer:
             self.account = ["runuser", "-u", "postgres", "--"]
         self.directory.chmod(0o755)
         self._run("initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync")
-        with (self.data / "postgresql.conf").open("a") as configuration:
-            configuration.write(CONFIGURATION.format(directory=self.directory))
+        with (self.data / "postgresql.conf").open("a") as file:
+            file.write(CONFIGURATION.format(directory=self.directory) + configuration)
+        self.start()
+
+    def start(self) -> None:
         self._run("pg_ctl", "--wait", "--log", str(self.directory / "log"), "start")
+
+    def restart(self) -> None:
+        self._run("pg_ctl", "--wait", "--mode=fast", "stop")
+        self.start()
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [*self.account, str(self.binaries / program), f"--pgdata={self.data}", *arguments]
