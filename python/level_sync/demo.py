@@ -25,6 +25,7 @@ from rich.table import Table
 
 from level_sync import install
 from level_sync.database import connect, queries
+from level_sync.verify import exit_code, verify
 
 DATABASE = "academy"
 EMBEDDED_VERSION = 18
@@ -134,7 +135,8 @@ class Narrator:
             self._tell_bulk()
             self._tell_refusal()
             self._tell_failure()
-            self._tell_bypass()
+            self._tell_repair()
+            self._tell_schedule()
 
     def _fill(self) -> None:
         self._title(f"An academy of {STUDENTS:,} students")
@@ -187,15 +189,46 @@ class Narrator:
         self._run(story.queue)
         self._run(story.lin_both_sides)
 
-    def _tell_bypass(self) -> None:
-        self._title("A bypass is not seen by triggers, but by desync_issues")
+    def _tell_repair(self) -> None:
+        self._title("A bypass gets past the triggers; the reconcile finds it, repairs it and logs it")
         if not story.may_bypass(self.connection):
             self._say("Not shown: session_replication_role may only be set by a superuser.")
             return
         self._run(story.bypass)
         self._run(story.desyncs)
-        self._run(story.sync_by_hand)
+        self._verify()
+        self._run(story.reconcile)
+        self._run(story.last_run)
         self._run(story.desyncs)
+        self._verify()
+
+    def _tell_schedule(self) -> None:
+        self._title("pg_cron runs the reconcile by itself")
+        if not story.has_cron(self.connection):
+            self._say(
+                "Not shown: this server has no pg_cron. make demo SERVER=system shows it, where one can be installed."
+            )
+            return
+        self._run(story.schedule_every_minute)
+        self._run(story.cron_jobs)
+        self._run(story.bypass_again)
+        with self.console.status("waiting for pg_cron to run the job at the full minute"):
+            deadline = time.monotonic() + 130
+            while not story.cron_has_run(self.connection) and time.monotonic() < deadline:
+                time.sleep(1)
+        self._run(story.last_run)
+        self._run(story.desyncs)
+        self._say("From now on every six hours, as settings.schedule has it by default:")
+        self._run(story.schedule_as_usual)
+
+    def _verify(self) -> None:
+        """What level-sync verify says, without what is well."""
+        checks = verify(self.dsn)
+        self.console.print(f"[bold]level-sync verify[/bold]: {len(checks)} checks, exit code {exit_code(checks)}")
+        for check in checks:
+            if check.ok is not True:
+                self._say(f"  {'NOT OK' if check.ok is False else 'not checked'}  {check.name}: {check.detail}")
+        self.console.print()
 
     def _title(self, text: str) -> None:
         self.console.print()

@@ -119,6 +119,35 @@ set session_replication_role = origin;
 select user_id, specialization, issue_type, progress_level, license_level, recommended_action
   from level_sync.desync_issues;
 
--- name: sync_by_hand()
-select level_sync.sync_progress_to_license(user_id, specialization, 'demo') ->> 'message' as answer
-  from level_sync.desync_issues;
+-- name: reconcile()!
+call level_sync.reconcile();
+
+-- name: last_run()
+select run_id, status, started_by, issues_found, synced_count, failed_count, results -> 'actions' as actions
+  from level_sync.sync_log
+ order by run_id desc
+ limit 1;
+
+-- name: has_cron()$
+select to_regclass('cron.job') is not null;
+
+-- name: create_cron()!
+create extension if not exists pg_cron;
+
+-- name: schedule_every_minute()
+select level_sync.schedule('* * * * *') as answer;
+
+-- name: cron_jobs()
+select jobname, schedule, command, active from cron.job order by jobname;
+
+-- name: cron_has_run()$
+select exists (
+  select from level_sync.sync_log where started_by = 'cron' and status = 'success' and issues_found > 0);
+
+-- name: bypass_again()!
+set session_replication_role = replica;
+update public.user_licenses set current_level = 1 where user_id = 20001;
+set session_replication_role = origin;
+
+-- name: schedule_as_usual()
+select level_sync.schedule('0 */6 * * *') as answer;
