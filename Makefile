@@ -1,7 +1,9 @@
 # make demo   the story, on an embedded PostgreSQL that stays up for a look around; make stop removes it
+#             with SERVER=system on the machine's own PostgreSQL, where pg_cron is seen to run the job
 # make test   everything the tests need, then the tests
 
 PYTHON ?= python3
+SERVER ?= embedded
 VENV   := .venv
 BIN    := $(VENV)/bin
 
@@ -9,7 +11,8 @@ BIN    := $(VENV)/bin
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
-	@$(BIN)/level-sync demo
+	@if [ "$(SERVER)" = system ]; then tests/install_server_packages; fi
+	@$(BIN)/level-sync demo --server $(SERVER)
 
 psql: $(VENV)/.demo
 	@$(BIN)/level-sync demo --psql

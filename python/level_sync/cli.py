@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import os
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from level_sync import demo as demonstration
 from level_sync import install
 from level_sync import verify as verification
 from level_sync.database import connect, queries
+from level_sync.servers import ServerError
 
 app = typer.Typer(
     help="Keeps a student's level equal in specialization_progress and user_licenses, inside PostgreSQL.",
@@ -44,6 +46,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 RowLimit = Annotated[int, typer.Option("--limit", min=1, help="Rows to show.")]
 
 
+class ServerKind(str, enum.Enum):
+    """Whose PostgreSQL the demo runs on."""
+
+    EMBEDDED = "embedded"
+    SYSTEM = "system"
+
+
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
     """Prints what went wrong and what to do instead of a traceback. Exit code 32: no connection; 1: anything else."""
@@ -61,7 +70,7 @@ def _plain_errors() -> Iterator[None]:
         error_console.print(f"No connection: {_message(error)}", markup=False)
         error_console.print("Give --dsn, or set DATABASE_URL or PGHOST, PGUSER and PGDATABASE.")
         raise typer.Exit(verification.NO_CONNECTION) from error
-    except (psycopg.Error, install.MigrateError, demonstration.DemoError) as error:
+    except (psycopg.Error, install.MigrateError, demonstration.DemoError, ServerError) as error:
         error_console.print(_message(error), markup=False)
         raise typer.Exit(1) from error
 
@@ -96,26 +105,30 @@ def demo(
     dsn: Annotated[
         str, typer.Option("--dsn", help="An empty database to use instead of a server of the demo's own.")
     ] = "",
+    server: Annotated[
+        ServerKind,
+        typer.Option("--server", help="The embedded PostgreSQL, or the machine's own, with pg_cron if it has it."),
+    ] = ServerKind.EMBEDDED,
     stop: Annotated[bool, typer.Option("--stop", help="Stop the demo's server and remove it.")] = False,
     psql: Annotated[bool, typer.Option("--psql", help="Open psql in the demo's database.")] = False,
 ) -> None:
     """Start a private PostgreSQL, fill an academy and tell the story step by step with real output."""
-    server = demonstration.EmbeddedServer()
+    stage = demonstration.Stage()
     with _plain_errors():
         if stop:
-            console.print("The demo's server is gone." if server.stop() else "No demo is running.")
+            console.print("The demo's server is gone." if stage.clear() else "No demo is running.")
             return
         if psql:
-            os.execv(server.psql, ["psql", server.dsn()])  # noqa: S606
+            os.execv(stage.psql, ["psql", stage.dsn])  # noqa: S606
         if dsn:
             demonstration.refuse_unless_empty(dsn)
             demonstration.run(dsn, console)
             return
-        server.start()
-        demonstration.run(server.dsn(), console)
+        stage.build(server.value)
+        demonstration.run(stage.dsn, console)
         console.rule("[bold]Look around", align="left")
         console.print("The server stays up. In psql, try the queries below; write either table and see the other.")
-        console.print(f"  {server.psql} '{server.dsn()}'", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"  {stage.psql} '{stage.dsn}'", soft_wrap=True, highlight=False, markup=False)
         console.print("  (in the source tree: make psql)\n")
         console.print("  select * from level_sync.sync_events order by event_id desc limit 10;")
         console.print("  select * from level_sync.desync_issues;")

