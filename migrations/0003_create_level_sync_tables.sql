@@ -75,6 +75,20 @@ create table if not exists level_sync.sync_log (
 );
 
 comment on table level_sync.sync_log is 'One row per reconcile run.';
+comment on column level_sync.sync_log.run_id is 'Grows with each run.';
+comment on column level_sync.sync_log.status is 'running; success; partial (some pairs failed and are queued); failed (see error); skipped (another run was at work); aborted (its session died); needs_approval (more issues than settings.repair_limit).';
+comment on column level_sync.sync_log.dry_run is 'Whether the run only looked and recorded its plan.';
+comment on column level_sync.sync_log.direction is 'Direction asked for; NULL: settings.conflict_policy decides.';
+comment on column level_sync.sync_log.started_by is 'cron (the schedule), manual (a person) or catch_up (the maintenance, after a missed slot).';
+comment on column level_sync.sync_log.job_start is 'When the run began.';
+comment on column level_sync.sync_log.job_end is 'When it ended; NULL while it runs.';
+comment on column level_sync.sync_log.duration_seconds is 'From job_start to job_end, in seconds, however the run ended.';
+comment on column level_sync.sync_log.issues_found is 'Desyncs found, or pairs of the plan that was applied.';
+comment on column level_sync.sync_log.synced_count is 'Pairs repaired.';
+comment on column level_sync.sync_log.failed_count is 'Pairs that could not be repaired; they are queued with their errors.';
+comment on column level_sync.sync_log.results is 'Counts by issue type, action and outcome, and a sample of at most 20 pairs. The repairs themselves stand in sync_events by run_id.';
+comment on column level_sync.sync_log.error is 'Why a run failed, was skipped or aborted.';
+comment on column level_sync.sync_log.backend_pid is 'Process id of the session that ran it, as in pg_stat_activity.';
 
 -- One row per level carried over, row created or deleted.
 create table if not exists level_sync.sync_events (
@@ -135,6 +149,8 @@ create table if not exists level_sync.sync_queue (
   attempts        integer     not null default 0,
   next_attempt_at timestamptz not null default clock_timestamp(),
   dead_at         timestamptz,
+  actor           text        default left(nullif(current_setting('level_sync.actor', true), ''), 200),
+  reason          text        default left(nullif(current_setting('level_sync.reason', true), ''), 1000),
   primary key (user_id, queue_id),
   constraint side_is_known check (side in ('progress', 'license')),
   constraint change_is_known check (change in ('created', 'level_changed', 'deleted')),
@@ -144,8 +160,8 @@ create table if not exists level_sync.sync_queue (
 create index if not exists sync_queue_due on level_sync.sync_queue (next_attempt_at) where dead_at is null;
 
 comment on table level_sync.sync_queue is 'Pairs whose sync could not be done. drain_queue recomputes them from the live rows. Append-only for writers.';
-comment on column level_sync.sync_queue.queue_id is 'Grows with each entry: the newest entry of a pair tells which side was written last.';
-comment on column level_sync.sync_queue.queued_at is 'When the entry was written.';
+comment on column level_sync.sync_queue.queue_id is 'Identifies the entry.';
+comment on column level_sync.sync_queue.queued_at is 'When the pair was left to wait: the newest entry of a pair tells which side was written last.';
 comment on column level_sync.sync_queue.user_id is 'users.id of the pair.';
 comment on column level_sync.sync_queue.specialization is 'specializations.id of the pair.';
 comment on column level_sync.sync_queue.side is 'The side the application wrote: progress or license.';
@@ -155,16 +171,21 @@ comment on column level_sync.sync_queue.message is 'Message of the last failure.
 comment on column level_sync.sync_queue.attempts is 'Drains that tried and failed.';
 comment on column level_sync.sync_queue.next_attempt_at is 'Not tried again before.';
 comment on column level_sync.sync_queue.dead_at is 'When max_attempts was reached; a dead pair waits for a person.';
+comment on column level_sync.sync_queue.actor is 'Who wrote, as in sync_events: its event names them too.';
+comment on column level_sync.sync_queue.reason is 'Why, as in sync_events.';
 
 -- Pairs a transaction carries at its commit. Only rows of open transactions stand here, so a crash loses nothing.
 create unlogged table if not exists level_sync.pending_pairs (
-  pending_id     bigint generated always as identity (cache 1000),
-  transaction_id xid8    not null default pg_current_xact_id(),
-  user_id        bigint  not null,
-  specialization text    not null,
-  side           text    not null,
-  change         text    not null,
-  arms_commit    boolean not null default false
+  pending_id     bigint      generated always as identity (cache 1000),
+  transaction_id xid8        not null default pg_current_xact_id(),
+  queued_at      timestamptz not null default clock_timestamp(),
+  user_id        bigint      not null,
+  specialization text        not null,
+  side           text        not null,
+  change         text        not null,
+  arms_commit    boolean     not null default false,
+  actor          text        default left(nullif(current_setting('level_sync.actor', true), ''), 200),
+  reason         text        default left(nullif(current_setting('level_sync.reason', true), ''), 1000)
 );
 
 comment on table level_sync.pending_pairs is 'Pairs that open transactions carry in one set when they commit. Empty for everybody else.';

@@ -18,20 +18,43 @@ $$;
 comment on function level_sync._count_subtransaction() is
   'Counts one more subtransaction of this transaction and returns how many that makes.';
 
+create or replace function level_sync._session_actor()
+  returns text
+  language sql
+  stable
+as $$
+  select left(nullif(current_setting('level_sync.actor', true), ''), 200)
+$$;
+
+comment on function level_sync._session_actor() is 'The application''s own name for who is at work: its setting level_sync.actor.';
+
+create or replace function level_sync._session_reason()
+  returns text
+  language sql
+  stable
+as $$
+  select left(nullif(current_setting('level_sync.reason', true), ''), 1000)
+$$;
+
+comment on function level_sync._session_reason() is 'Why, in the application''s words: its setting level_sync.reason.';
+
 create or replace function level_sync._enqueue(
-    user_ids bigint[], specializations text[], sides text[], changes text[], sqlstates text[], messages text[])
+    user_ids bigint[], specializations text[], sides text[], changes text[], sqlstates text[], messages text[],
+    actors text[] default null, reasons text[] default null)
   returns boolean
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set lock_timeout = '100ms'
 as $$
 begin
+  actors  := coalesce(actors, array_fill(level_sync._session_actor(), array[cardinality(user_ids)]));
+  reasons := coalesce(reasons, array_fill(level_sync._session_reason(), array[cardinality(user_ids)]));
   perform level_sync._count_subtransaction();
   begin
-    insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)
-    select pair.user_id, pair.specialization, pair.side, pair.change, pair.sqlstate, pair.message
-      from unnest(user_ids, specializations, sides, changes, sqlstates, messages)
-             as pair (user_id, specialization, side, change, sqlstate, message);
+    insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message, actor, reason)
+    select pair.user_id, pair.specialization, pair.side, pair.change, pair.sqlstate, pair.message, pair.actor, pair.reason
+      from unnest(user_ids, specializations, sides, changes, sqlstates, messages, actors, reasons)
+             as pair (user_id, specialization, side, change, sqlstate, message, actor, reason);
     return true;
   exception when others then
     if sqlstate = '40001' then
@@ -47,8 +70,8 @@ begin
 end
 $$;
 
-comment on function level_sync._enqueue(bigint[], text[], text[], text[], text[], text[]) is
-  'Queues pairs for the next drain. Where that is impossible it warns and returns false; the write stands.';
+comment on function level_sync._enqueue(bigint[], text[], text[], text[], text[], text[], text[], text[]) is
+  'Queues pairs for the next drain, with who wrote them and why (NULL: this session''s actor and reason). Where that is impossible it warns and returns false; the write stands.';
 
 create or replace function level_sync._defer_pair(user_id bigint, specialization text, side text, change text)
   returns void
@@ -72,11 +95,13 @@ begin
     if sqlstate = '40001' then
       raise;
     end if;
-    if not level_sync._enqueue(array[user_id], array[specialization], array[side], array[change],
-                               array[sqlstate], array[sqlerrm])
-       and length(current_setting('level_sync.subtransactions', true)) > 48
-    then
+    perform level_sync._enqueue(array[user_id], array[specialization], array[side], array[change],
+                                array[sqlstate], array[sqlerrm]);
+    if length(current_setting('level_sync.subtransactions', true)) > 48 then
       perform set_config('level_sync.pending', 'lost', true);
+      raise warning using
+        message = format('level_sync neither carries nor queues further pairs of this transaction: %s', sqlerrm),
+        hint    = 'The writes stand. The next reconcile finds the pairs; level_sync.desync_issues shows them.';
     end if;
   end;
 end

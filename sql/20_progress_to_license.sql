@@ -23,7 +23,7 @@ declare
 begin
   -- Bulk: the transaction carries a set when it commits, and this pair joins it. Where a transaction has no
   -- subtransaction left to arm that set, the pair stays behind for the drain.
-  if pending = 'on' or is_spent then
+  if pending = 'on' or is_spent and pending is distinct from 'lost' then
     insert into level_sync.pending_pairs (user_id, specialization, side, change)
     select new.student_id, new.specialization_id, 'progress', change
       from public.specializations as specialization
@@ -63,6 +63,12 @@ begin
       return null;
     end if;
 
+    -- From here on nothing waits longer, not even for the whole table.
+    outer_depth        := current_setting('level_sync.own_depth', true);
+    outer_lock_timeout := current_setting('lock_timeout');
+    perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true),
+            set_config('lock_timeout', rule.lock_timeout, true);
+
     if tg_op = 'UPDATE' then
       select license.current_level
         into old_level
@@ -77,15 +83,12 @@ begin
            and license.specialization_type = new.specialization_id)
       then
         -- A missing row is judged at commit: whoever moves both rows may be half way.
+        perform set_config('level_sync.own_depth', outer_depth, true),
+                set_config('lock_timeout', outer_lock_timeout, true);
         perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
         return null;
       end if;
     end if;
-
-    outer_depth        := current_setting('level_sync.own_depth', true);
-    outer_lock_timeout := current_setting('lock_timeout');
-    perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true),
-            set_config('lock_timeout', rule.lock_timeout, true);
     carried_at := clock_timestamp();
 
     -- Levels are read from the live rows, never from NEW: another trigger may have written the row once more.
@@ -192,32 +195,42 @@ $trigger$, 'The license gets the level that was written here.');
 -- The same for many pairs in a handful of statements; for bulk, drains and people.
 -- Planned anew each time: only then does the planner know how many pairs there are.
 create or replace function level_sync._carry_progress_to_licenses(
-    user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint)
+    user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
+    actors text[], reasons text[])
   returns void
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
 as $$
 declare
-  outer_depth text        := current_setting('level_sync.own_depth', true);
-  carried_at  timestamptz := clock_timestamp();
-  on_delete   text        := (select settings.on_delete from level_sync.settings);
-  held_ids    bigint[];
-  held_specs  text[];
-  old_levels  integer[];
-  new_levels  integer[];
+  outer_depth  text        := current_setting('level_sync.own_depth', true);
+  carried_at   timestamptz := clock_timestamp();
+  on_delete    text        := (select settings.on_delete from level_sync.settings);
+  held_ids     bigint[];
+  held_specs   text[];
+  held_actors  text[];
+  held_reasons text[];
+  old_levels   integer[];
+  new_levels   integer[];
 begin
   if not ('progress' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
   end if;
   perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
+  if actors is null then
+    actors  := array_fill(level_sync._session_actor(), array[cardinality(user_ids)]);
+    reasons := array_fill(level_sync._session_reason(), array[cardinality(user_ids)]);
+  end if;
 
   -- Locked first, so that the levels below are the last ones; what somebody else holds is left alone.
-  select array_agg(held.user_id), array_agg(held.specialization), array_agg(held.old_level), array_agg(held.new_level)
-    into held_ids, held_specs, old_levels, new_levels
+  select array_agg(held.user_id), array_agg(held.specialization), array_agg(held.old_level), array_agg(held.new_level),
+         array_agg(held.actor), array_agg(held.reason)
+    into held_ids, held_specs, old_levels, new_levels, held_actors, held_reasons
     from (
-      select pair.user_id, pair.specialization, license.current_level as old_level, progress.current_level as new_level
-        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+      select pair.user_id, pair.specialization, license.current_level as old_level, progress.current_level as new_level,
+             pair.actor, pair.reason
+        from unnest(user_ids, specializations, sides, changes, actors, reasons)
+               as pair (user_id, specialization, side, change, actor, reason)
         join public.specialization_progress as progress
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
         join public.user_licenses as license
@@ -237,15 +250,16 @@ begin
          set current_level      = held.new_level,
              max_achieved_level = greatest(license.max_achieved_level, held.new_level),
              last_advanced_at   = carried_at
-        from unnest(held_ids, held_specs, old_levels, new_levels) as held (user_id, specialization, old_level, new_level)
+        from unnest(held_ids, held_specs, old_levels, new_levels, held_actors, held_reasons)
+               as held (user_id, specialization, old_level, new_level, actor, reason)
        where license.user_id = held.user_id
          and license.specialization_type = held.specialization
-      returning license.user_id, license.specialization_type, held.old_level, license.current_level
+      returning license.user_id, license.specialization_type, held.old_level, license.current_level, held.actor, held.reason
     )
     insert into level_sync.sync_events
-           (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id)
+           (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id, actor, reason)
     select carried_at, carried.user_id, carried.specialization_type, 'progress_to_license', 'updated',
-           carried.old_level, carried.current_level, source, run_id
+           carried.old_level, carried.current_level, source, run_id, carried.actor, carried.reason
       from carried
      where carried.current_level is distinct from carried.old_level;
   end if;
@@ -272,10 +286,12 @@ begin
       returning user_licenses.user_id, user_licenses.specialization_type, user_licenses.current_level
     )
     insert into level_sync.sync_events
-           (occurred_at, user_id, specialization, direction, action, new_level, source, run_id)
+           (occurred_at, user_id, specialization, direction, action, new_level, source, run_id, actor, reason)
     select carried_at, created.user_id, created.specialization_type, 'progress_to_license', 'created',
-           created.current_level, source, run_id
-      from created;
+           created.current_level, source, run_id, pair.actor, pair.reason
+      from created
+      join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
+        on pair.user_id = created.user_id and pair.specialization = created.specialization_type;
   end if;
 
   if on_delete = 'propagate' and 'deleted' = any (changes) then
@@ -296,18 +312,20 @@ begin
       returning license.user_id, license.specialization_type, license.current_level
     )
     insert into level_sync.sync_events
-           (occurred_at, user_id, specialization, direction, action, old_level, source, run_id)
+           (occurred_at, user_id, specialization, direction, action, old_level, source, run_id, actor, reason)
     select carried_at, deleted.user_id, deleted.specialization_type, 'progress_to_license', 'deleted',
-           deleted.current_level, source, run_id
-      from deleted;
+           deleted.current_level, source, run_id, pair.actor, pair.reason
+      from deleted
+      join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
+        on pair.user_id = deleted.user_id and pair.specialization = deleted.specialization_type;
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);
 end
 $$;
 
-comment on function level_sync._carry_progress_to_licenses(bigint[], text[], text[], text[], text, bigint) is
-  'Brings licenses to the level of their progress, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range.';
+comment on function level_sync._carry_progress_to_licenses(bigint[], text[], text[], text[], text, bigint, text[], text[]) is
+  'Brings licenses to the level of their progress, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session.';
 
 -- At commit: progress may only go together with its license.
 create or replace function level_sync._judge_lone_license(user_id bigint, specialization text)

@@ -2,18 +2,19 @@
 -- by the rules of the two files before this one, find the few that fail, and queue those.
 
 create or replace function level_sync._carry_pairs(
-    user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint default null)
+    user_ids bigint[], specializations text[], sides text[], changes text[], source text,
+    run_id bigint default null, actors text[] default null, reasons text[] default null)
   returns void
   language plpgsql
   set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform level_sync._carry_progress_to_licenses(user_ids, specializations, sides, changes, source, run_id);
-  perform level_sync._carry_licenses_to_progress(user_ids, specializations, sides, changes, source, run_id);
+  perform level_sync._carry_progress_to_licenses(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
+  perform level_sync._carry_licenses_to_progress(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
 end
 $$;
 
-comment on function level_sync._carry_pairs(bigint[], text[], text[], text[], text, bigint) is
+comment on function level_sync._carry_pairs(bigint[], text[], text[], text[], text, bigint, text[], text[]) is
   'Brings pairs into step: the other side follows the side that was written; what was created never demotes.';
 
 create or replace function level_sync._carry_pair(
@@ -90,7 +91,7 @@ comment on function level_sync._refuse_difference(bigint, text) is
 -- in chunks, the chunk that fails pair by pair, and the rest without the pair that failed.
 create or replace function level_sync._carry_pairs_that_can(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
-    subtransaction_limit integer,
+    subtransaction_limit integer, actors text[], reasons text[],
     out failed_numbers bigint[], out failed_sqlstates text[], out failed_messages text[])
   language plpgsql
   set search_path = pg_catalog, pg_temp
@@ -107,11 +108,14 @@ begin
 
   perform level_sync._count_subtransaction();
   begin
-    perform level_sync._carry_pairs(user_ids, specializations, sides, changes, source, run_id);
+    perform level_sync._carry_pairs(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
     return;
   exception when others or assert_failure then
     if sqlstate = '40001' then
       raise;
+    end if;
+    if sqlstate in ('55P03', '40P01') then
+      perform set_config('lock_timeout', '1ms', true);  -- Waited once: what is still held is not waited for again.
     end if;
   end;
 
@@ -121,7 +125,8 @@ begin
         chunk_from := first_pair + chunk * chunk_size;
         chunk_to   := least(chunk_from + chunk_size - 1, pair_count);
         perform level_sync._carry_pairs(user_ids[chunk_from:chunk_to], specializations[chunk_from:chunk_to],
-                                        sides[chunk_from:chunk_to], changes[chunk_from:chunk_to], source, run_id);
+                                        sides[chunk_from:chunk_to], changes[chunk_from:chunk_to], source, run_id,
+                                        actors[chunk_from:chunk_to], reasons[chunk_from:chunk_to]);
       end loop;
       return;
     exception when others or assert_failure then
@@ -135,7 +140,8 @@ begin
     begin
       for pair in chunk_from .. chunk_to loop
         suspect := pair;
-        perform level_sync._carry_pair(user_ids[pair], specializations[pair], sides[pair], changes[pair], source, run_id);
+        perform level_sync._carry_pairs(user_ids[pair:pair], specializations[pair:pair], sides[pair:pair], changes[pair:pair],
+                                        source, run_id, actors[pair:pair], reasons[pair:pair]);
       end loop;
       suspect := chunk_to + 1;
     exception when others or assert_failure then
@@ -150,7 +156,8 @@ begin
     perform level_sync._count_subtransaction();
     begin
       perform level_sync._carry_pairs(user_ids[first_pair:suspect - 1], specializations[first_pair:suspect - 1],
-                                      sides[first_pair:suspect - 1], changes[first_pair:suspect - 1], source, run_id);
+                                      sides[first_pair:suspect - 1], changes[first_pair:suspect - 1], source, run_id,
+                                      actors[first_pair:suspect - 1], reasons[first_pair:suspect - 1]);
     exception when others or assert_failure then
       if sqlstate = '40001' then
         raise;
@@ -161,7 +168,7 @@ begin
 end
 $$;
 
-comment on function level_sync._carry_pairs_that_can(bigint[], text[], text[], text[], text, bigint, integer) is
+comment on function level_sync._carry_pairs_that_can(bigint[], text[], text[], text[], text, bigint, integer, text[], text[]) is
   'Carries the pairs it can and returns the numbers of those that failed, with their errors, without using more subtransactions than allowed.';
 
 create or replace function level_sync.carry_pending_pairs()
@@ -177,6 +184,7 @@ declare
   pairs              record;
   failures           record;
   unfinished         record;
+  is_taken           boolean := false;
 begin
   perform set_config('level_sync.pending', '', true);
   if length(current_setting('level_sync.subtransactions', true)) > 56 then
@@ -184,7 +192,8 @@ begin
   end if;
   perform level_sync._count_subtransaction();
   begin
-    select settings.on_error, greatest(1, extract(epoch from settings.lock_wait) * 1000)::integer::text
+    -- Half of lock_wait: a pair that is tried a second time has waited once.
+    select settings.on_error, greatest(1, extract(epoch from settings.lock_wait) * 500)::integer::text
       into on_error, lock_timeout
       from level_sync.settings;
 
@@ -192,37 +201,42 @@ begin
     with taken as (
       delete from level_sync.pending_pairs as pending
        where pending.transaction_id = new.transaction_id
-      returning pending.pending_id, pending.user_id, pending.specialization, pending.side, pending.change
+      returning pending.pending_id, pending.user_id, pending.specialization, pending.side, pending.change,
+                pending.actor, pending.reason
     ), latest as (
       select distinct on (taken.user_id, taken.specialization) taken.*
         from taken
        order by taken.user_id, taken.specialization, taken.pending_id desc
     )
     select array_agg(latest.user_id) as user_ids, array_agg(latest.specialization) as specializations,
-           array_agg(latest.side) as sides, array_agg(latest.change) as changes
+           array_agg(latest.side) as sides, array_agg(latest.change) as changes,
+           array_agg(latest.actor) as actors, array_agg(latest.reason) as reasons
       into pairs
       from latest;
     if pairs.user_ids is null then
       return null;
     end if;
+    is_taken := true;
 
     perform set_config('lock_timeout', lock_timeout, true);
     if on_error = 'raise' then
-      perform level_sync._carry_pairs(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger');
+      perform level_sync._carry_pairs(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger',
+                                      null, pairs.actors, pairs.reasons);
     else
       select * into failures
         from level_sync._carry_pairs_that_can(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
-                                              'trigger', null, 62);
+                                              'trigger', null, 62, pairs.actors, pairs.reasons);
     end if;
-    perform set_config('lock_timeout', outer_lock_timeout, true);
 
     select array_agg(unequal.user_id) as user_ids, array_agg(unequal.specialization) as specializations,
            array_agg(pair.side) as sides, array_agg(pair.change) as changes,
+           array_agg(pair.actor) as actors, array_agg(pair.reason) as reasons,
            array_agg(coalesce(failed.state, unequal.state, '55P03')) as sqlstates,
            array_agg(coalesce(failed.message, unequal.message, 'the other row is held by another transaction, its trigger dropped the write, or too many others failed')) as messages
       into unfinished
       from level_sync._unequal_pairs(pairs.user_ids, pairs.specializations, pairs.sides) as unequal
-      join unnest(pairs.sides, pairs.changes) with ordinality as pair (side, change, pair_number)
+      join unnest(pairs.sides, pairs.changes, pairs.actors, pairs.reasons) with ordinality
+             as pair (side, change, actor, reason, pair_number)
         on pair.pair_number = unequal.pair_number
       left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
                   as failed (pair_number, state, message)
@@ -232,11 +246,20 @@ begin
         perform level_sync._refuse_difference(unfinished.user_ids[1], unfinished.specializations[1]);
       end if;
       perform level_sync._enqueue(unfinished.user_ids, unfinished.specializations, unfinished.sides, unfinished.changes,
-                                  unfinished.sqlstates, unfinished.messages);
+                                  unfinished.sqlstates, unfinished.messages, unfinished.actors, unfinished.reasons);
     end if;
+    perform set_config('lock_timeout', outer_lock_timeout, true);
   exception when others or assert_failure then
     if on_error = 'raise' or sqlstate = '40001' then
       raise;
+    end if;
+    if is_taken and level_sync._enqueue(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
+                                        array_fill(sqlstate::text, array[cardinality(pairs.user_ids)]),
+                                        array_fill(sqlerrm::text, array[cardinality(pairs.user_ids)]),
+                                        pairs.actors, pairs.reasons)
+    then
+      delete from level_sync.pending_pairs as pending where pending.transaction_id = new.transaction_id;
+      return null;
     end if;
     raise warning using
       message = format('level_sync could not carry the pairs of this transaction: %s', sqlerrm),
@@ -321,12 +344,15 @@ begin
   -- Only pairs of committed transactions that could not finish their own set can be seen here.
   with left_behind as (
     delete from level_sync.pending_pairs as pending
-     where pending.transaction_id <> pg_current_xact_id()
-    returning pending.pending_id, pending.user_id, pending.specialization, pending.side, pending.change
+     where pending.ctid = any (array(
+             select waiting.ctid from level_sync.pending_pairs as waiting
+              where waiting.transaction_id <> pg_current_xact_id()
+                for update skip locked))
+    returning pending.*
   )
-  insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)
-  select left_behind.user_id, left_behind.specialization, left_behind.side, left_behind.change,
-         '00000', 'left behind by its transaction'
+  insert into level_sync.sync_queue (queued_at, user_id, specialization, side, change, sqlstate, message, actor, reason)
+  select left_behind.queued_at, left_behind.user_id, left_behind.specialization, left_behind.side, left_behind.change,
+         '00000', 'left behind by its transaction', left_behind.actor, left_behind.reason
     from left_behind
    order by left_behind.pending_id;
 
@@ -348,11 +374,11 @@ begin
        for update of queued skip locked
   ), latest as (
     select distinct on (taken.user_id, taken.specialization)
-           taken.user_id, taken.specialization, taken.side, taken.change, taken.queue_id,
+           taken.user_id, taken.specialization, taken.side, taken.change, taken.queue_id, taken.actor, taken.reason,
            max(taken.attempts) filter (where taken.dead_at is null)
              over (partition by taken.user_id, taken.specialization) as attempts
       from taken
-     order by taken.user_id, taken.specialization, taken.queue_id desc
+     order by taken.user_id, taken.specialization, taken.queued_at desc, taken.queue_id desc
   ), coalesced as (
     delete from level_sync.sync_queue as queued
      using latest
@@ -366,7 +392,9 @@ begin
          array_agg(latest.side order by latest.user_id, latest.specialization) as sides,
          array_agg(latest.change order by latest.user_id, latest.specialization) as changes,
          array_agg(latest.queue_id order by latest.user_id, latest.specialization) as queue_ids,
-         array_agg(latest.attempts order by latest.user_id, latest.specialization) as attempts
+         array_agg(latest.attempts order by latest.user_id, latest.specialization) as attempts,
+         array_agg(latest.actor order by latest.user_id, latest.specialization) as actors,
+         array_agg(latest.reason order by latest.user_id, latest.specialization) as reasons
     into pairs
     from latest;
   if pairs.user_ids is null then
@@ -378,12 +406,23 @@ begin
          array_agg(pair.side order by pair.pair_number) as sides,
          array_agg(pair.change order by pair.pair_number) as changes,
          array_agg(pair.queue_id order by pair.pair_number) as queue_ids,
-         array_agg(pair.attempts order by pair.pair_number) as attempts
+         array_agg(pair.attempts order by pair.pair_number) as attempts,
+         array_agg(pair.actor order by pair.pair_number) as actors,
+         array_agg(pair.reason order by pair.pair_number) as reasons
     into free
     from level_sync._lock_free_pairs(pairs.user_ids, pairs.specializations) as lockable
-    join unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.queue_ids, pairs.attempts)
-           with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, pair_number)
-      on pair.pair_number = lockable.pair_number;
+    join unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.queue_ids, pairs.attempts,
+                pairs.actors, pairs.reasons)
+           with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, actor, reason, pair_number)
+      on pair.pair_number = lockable.pair_number
+   -- Written since the queue was read: the newer entry, not this one, knows the side.
+   where not exists (
+           select from level_sync.sync_queue as newer
+            where newer.user_id = pair.user_id and newer.specialization = pair.specialization
+              and newer.queue_id <> pair.queue_id)
+     and not exists (
+           select from level_sync.pending_pairs as newer
+            where newer.user_id = pair.user_id and newer.specialization = pair.specialization);
 
   -- Somebody else is at work on these: not a failure, only later.
   update level_sync.sync_queue as queued
@@ -399,7 +438,7 @@ begin
 
   select * into failures
     from level_sync._carry_pairs_that_can(free.user_ids, free.specializations, free.sides, free.changes,
-                                          'trigger', null, 1000000);
+                                          'trigger', null, 1000000, free.actors, free.reasons);
 
   with outcome as materialized (
     select pair.user_id, pair.queue_id, coalesce(pair.attempts, 0) + 1 as attempts,

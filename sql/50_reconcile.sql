@@ -170,7 +170,7 @@ begin
 
   select * into failures
     from level_sync._carry_pairs_that_can(due.user_ids, due.specializations, due.sides, due.changes,
-                                          'reconcile', run_id, 1000000);
+                                          'reconcile', run_id, 1000000, null, null);
 
   with outcome as materialized (
     select pair.user_id, pair.specialization, pair.side, unequal.pair_number is not null as has_failed,

@@ -138,6 +138,7 @@ def database(server: Server, request: pytest.FixtureRequest) -> Iterator[Databas
     """A migrated database of this test's own. At the end all pairs must be equal and nothing may wait in a queue."""
     for database in _clone(server, TEMPLATE):
         yield database
+        database.close()
         if request.node.get_closest_marker("leftovers") is None:
             _assert_in_step(database.connect())
 

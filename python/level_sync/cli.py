@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import psycopg
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from level_sync import demo as demonstration
 from level_sync import install
 from level_sync import verify as verification
-from level_sync.database import connect, queries
+from level_sync.database import DsnError, connect, queries
 from level_sync.servers import ServerError
 
 app = typer.Typer(
@@ -70,7 +70,7 @@ def _plain_errors() -> Iterator[None]:
         error_console.print(f"No connection: {_message(error)}", markup=False)
         error_console.print("Give --dsn, or set DATABASE_URL or PGHOST, PGUSER and PGDATABASE.")
         raise typer.Exit(verification.NO_CONNECTION) from error
-    except (psycopg.Error, install.MigrateError, demonstration.DemoError, ServerError) as error:
+    except (psycopg.Error, DsnError, install.MigrateError, demonstration.DemoError, ServerError) as error:
         error_console.print(_message(error), markup=False)
         raise typer.Exit(1) from error
 
@@ -91,13 +91,25 @@ def _print_rows(title: str, rows: list[dict[str, Any]], as_json: bool, empty: st
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    console.print(table)
+    unlimited = console.options.update(max_width=100_000)
+    if console.measure(table, options=unlimited).maximum <= console.width:
+        console.print(table)
+        return
+    # As psql's expanded display: a row that is wider than the terminal is printed column by column.
+    console.print(title)
+    for number, row in enumerate(rows, start=1):
+        record = Table(title=f"row {number}", title_justify="left", show_header=False)
+        record.add_column()
+        record.add_column(overflow="fold")
+        for column, value in row.items():
+            record.add_row(column, _cell(value))
+        console.print(record)
 
 
-def _cell(value: object) -> str:
+def _cell(value: object) -> Text:
     """Text for a table: what a user wrote is shown, never obeyed, neither as markup nor by the terminal."""
     text = "" if value is None else str(value)
-    return escape("".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text))
+    return Text("".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text))
 
 
 @app.command()

@@ -8,26 +8,38 @@ from typing import Any
 
 import aiosql
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
+
+
+class DsnError(Exception):
+    """A connection string cannot be read. The message does not repeat it, since it may hold a password."""
+
 
 queries: Any = aiosql.from_path(Path(__file__).with_name("queries.sql"), "psycopg")
 
 
-def libpq_dsn(dsn: str) -> str:
-    """The dsn as libpq takes it: SQLAlchemy's and yoyo's `postgresql+driver://` loses its driver.
+def read_dsn(dsn: str) -> dict[str, Any]:
+    """The dsn's parts by libpq's names; of SQLAlchemy's and yoyo's `postgresql+driver://` the driver is dropped.
 
-    An empty dsn stays empty: libpq then reads PGHOST, PGDATABASE and the other PG* variables.
+    An empty dsn has no parts: libpq then reads PGHOST, PGDATABASE and the other PG* variables.
     """
-    return re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn)
+    try:
+        return conninfo_to_dict(re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn))
+    except psycopg.ProgrammingError:
+        raise DsnError(
+            "the connection string cannot be read (it is not repeated here, since it may hold a password); "
+            "it should be like postgresql://user@host:5432/database or host=... dbname=... user=..., "
+            "with special characters in a password percent-encoded or quoted"
+        ) from None
 
 
 def connect(dsn: str, database: str | None = None, **options: Any) -> psycopg.Connection[dict[str, Any]]:
     """Opens an autocommit connection whose rows are dicts, to `database` instead of the dsn's where one is given.
 
-    Raises psycopg.OperationalError where no server answers.
+    Raises psycopg.OperationalError where no server answers, and DsnError where the dsn cannot be read.
     """
     if database is not None:
         options["dbname"] = database
-    return psycopg.connect(
-        libpq_dsn(dsn), autocommit=True, row_factory=dict_row, application_name="level-sync", **options
-    )
+    arguments = read_dsn(dsn) | {"application_name": "level-sync"} | options
+    return psycopg.connect(autocommit=True, row_factory=dict_row, **arguments)

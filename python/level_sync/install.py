@@ -14,12 +14,11 @@ from typing import Any
 
 import psycopg
 import yoyo
-from psycopg.conninfo import conninfo_to_dict
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import DatabaseURI
 from yoyo.exceptions import LockTimeout
 
-from level_sync.database import libpq_dsn, queries
+from level_sync.database import queries, read_dsn
 
 SCHEMA = "level_sync"
 LOCK_TIMEOUT = "500ms"  # how long one try of a step may make writers queue behind it
@@ -88,8 +87,7 @@ class LevelSyncBackend(PostgresqlPsycopgBackend):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _locked_backend(dsn: str) -> Iterator[LevelSyncBackend]:
-    arguments = conninfo_to_dict(libpq_dsn(dsn))
-    uri = DatabaseURI("postgresql+levelsync", None, None, None, None, None, arguments)
+    uri = DatabaseURI("postgresql+levelsync", None, None, None, None, None, read_dsn(dsn))
     try:
         with LevelSyncBackend(uri, yoyo.default_migration_table) as backend:
             backend.init_database()

@@ -73,7 +73,8 @@ select event_id, occurred_at, user_id, specialization, direction, action, old_le
  limit :row_limit
 
 -- name: queue(row_limit)
-select queue_id, queued_at, user_id, specialization, side, change, sqlstate, message, attempts, next_attempt_at, dead_at
+select queue_id, queued_at, user_id, specialization, side, change, sqlstate, message, attempts, next_attempt_at, dead_at,
+       actor, reason
   from level_sync.sync_queue
  order by queue_id
  limit :row_limit

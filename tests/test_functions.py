@@ -1,0 +1,727 @@
+"""What people and applications call: each function answers in jsonb, or raises an error that says what was wrong."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psycopg
+import pytest
+
+from academy import (
+    KEY,
+    LICENSE,
+    OTHER,
+    PROGRESS,
+    SIDE,
+    add_pair,
+    configure,
+    delete,
+    events,
+    insert,
+    level,
+    levels,
+    queued,
+    set_level,
+)
+
+UPDATE = "select level_sync.update_progress(%s, %s, %s, %s, %s)"
+ADVANCE = "select level_sync.advance_license(%s, %s, %s, %s, %s)"
+ACROSS = {PROGRESS: "progress_to_license", LICENSE: "license_to_progress"}
+BOTH = pytest.mark.parametrize("table", [PROGRESS, LICENSE])
+HOSTILE = ["'; drop table users; --", "PLAYER\n", "%s %I", "\u202eREYALP", "名", "x" * 100_000, ""]
+
+
+def call(db: psycopg.Connection[Any], query: str, *arguments: Any) -> Any:
+    (answer,) = db.execute(query, arguments).fetchone() or (None,)
+    return answer
+
+
+def update_progress(
+    db: psycopg.Connection[Any],
+    student: int | None,
+    xp: int | None = 0,
+    sessions: int | None = 0,
+    projects: int | None = 0,
+    specialization: str | None = "PLAYER",
+) -> Any:
+    return call(db, UPDATE, student, specialization, xp, sessions, projects)
+
+
+def advance(
+    db: psycopg.Connection[Any],
+    user: int | None,
+    target: int | None,
+    by: str | None = None,
+    reason: str | None = None,
+    specialization: str | None = "PLAYER",
+) -> Any:
+    return call(db, ADVANCE, user, specialization, target, by, reason)
+
+
+def sync(db: psycopg.Connection[Any], table: str, user: int | None, specialization: str | None = "PLAYER") -> Any:
+    """Calls the function that carries the level written in this table to the other one."""
+    return call(db, f"select level_sync.sync_{ACROSS[table]}(%s, %s)", user, specialization)
+
+
+def bypass(db: psycopg.Connection[Any], statement: str, *arguments: Any) -> None:
+    """A write that triggers do not see."""
+    db.execute("set session_replication_role = replica")
+    db.execute(statement, arguments)
+    db.execute("reset session_replication_role")
+
+
+def bypass_level(db: psycopg.Connection[Any], table: str, user: int, new_level: int) -> None:
+    if table == LICENSE:
+        bypass(db, "update user_licenses set max_achieved_level = 8 where user_id = %s", user)
+    user_column, _ = KEY[table]
+    bypass(db, f"update {table} set current_level = %s where {user_column} = %s", new_level, user)
+
+
+def break_table(db: psycopg.Connection[Any], table: str) -> None:
+    """Whatever changes a level in this table fails."""
+    db.execute(
+        f"""create function broken() returns trigger language plpgsql as $$
+              begin raise exception 'this side is broken'; end $$;
+            create trigger broken before insert or update on {table} for each row execute function broken()"""
+    )
+
+
+def everything(db: psycopg.Connection[Any]) -> list[Any]:
+    return [
+        db.execute(f"select * from {table} order by 1, 2").fetchall()
+        for table in (PROGRESS, LICENSE, "level_sync.sync_events", "level_sync.sync_queue", "users")
+    ]
+
+
+# update_progress
+
+
+def test_several_level_ups_come_at_once_where_xp_and_sessions_reach_that_far(db):
+    add_pair(db, 1, level=1)
+    answer = update_progress(db, 1, xp=5200, sessions=30, projects=2)
+    assert answer.pop("sync_result")["action"] == "updated"
+    assert answer == {
+        "success": True,
+        "student_id": 1,
+        "specialization_id": "PLAYER",
+        "leveled_up": True,
+        "old_level": 1,
+        "new_level": 4,
+        "level_name": "Celestial River",
+        "total_xp": 5200,
+        "completed_sessions": 30,
+        "completed_projects": 2,
+    }
+    assert levels(db, 1) == (4, 4)
+    row = db.execute("select total_xp, completed_sessions, completed_projects from specialization_progress").fetchone()
+    assert row == (5200, 30, 2)
+
+
+def test_the_threshold_itself_is_enough_and_one_less_is_not(db):
+    add_pair(db, 1, level=1)
+    assert update_progress(db, 1, xp=999, sessions=5)["leveled_up"] is False
+    assert update_progress(db, 1, xp=1)["leveled_up"] is True
+    assert levels(db, 1) == (2, 2)
+
+
+def test_level_ups_stop_at_a_rung_whose_sessions_are_missing(db):
+    add_pair(db, 1, level=1)
+    answer = update_progress(db, 1, xp=100_000, sessions=14)
+    assert (answer["old_level"], answer["new_level"]) == (1, 2)
+    assert update_progress(db, 1, sessions=1)["new_level"] == 3
+
+
+def test_a_later_rung_within_reach_does_not_jump_over_one_that_is_not(db):
+    add_pair(db, 1, level=1)
+    db.execute(
+        "update specialization_levels set required_sessions = 0 where level = 5 and specialization_id = 'PLAYER'"
+    )
+    assert update_progress(db, 1, xp=100_000, sessions=14)["new_level"] == 2
+
+
+def test_level_ups_stop_at_max_levels(db):
+    add_pair(db, 1, level=1)
+    db.execute("update specializations set max_levels = 3 where id = 'PLAYER'")
+    assert update_progress(db, 1, xp=10**9, sessions=10**6)["new_level"] == 3
+    assert levels(db, 1) == (3, 3)
+
+
+def test_without_max_levels_the_ladder_itself_is_the_end(db):
+    add_pair(db, 1, level=1)
+    db.execute("update specializations set max_levels = null where id = 'PLAYER'")
+    assert update_progress(db, 1, xp=10**9, sessions=10**6)["new_level"] == 8
+
+
+def test_level_ups_stop_at_a_gap_in_the_ladder(db):
+    add_pair(db, 1, level=1)
+    db.execute("delete from specialization_levels where specialization_id = 'PLAYER' and level = 4")
+    assert update_progress(db, 1, xp=10**9, sessions=10**6)["new_level"] == 3
+
+
+def test_a_specialization_without_a_ladder_only_counts(db, users):
+    users(1)
+    db.execute("insert into specializations (id, max_levels) values ('REFEREE', 5)")
+    answer = update_progress(db, 1, xp=10**6, sessions=100, specialization="REFEREE")
+    assert (answer["new_level"], answer["leveled_up"], answer["total_xp"]) == (1, False, 10**6)
+
+
+def test_negative_xp_corrects_the_total_and_never_demotes(db):
+    add_pair(db, 1, level=1)
+    update_progress(db, 1, xp=2500, sessions=15)
+    answer = update_progress(db, 1, xp=-2400, sessions=-15)
+    assert (answer["total_xp"], answer["old_level"], answer["new_level"], answer["leveled_up"]) == (100, 3, 3, False)
+    assert levels(db, 1) == (3, 3)
+
+
+def test_a_level_above_what_xp_reaches_is_kept(db):
+    add_pair(db, 1, level=6)
+    assert update_progress(db, 1, xp=1000, sessions=5)["new_level"] == 6
+
+
+def test_xp_adds_up_and_sets_last_activity(db):
+    add_pair(db, 1, level=1)
+    update_progress(db, 1, xp=10)
+    before = db.execute("select clock_timestamp()").fetchone()
+    update_progress(db, 1, xp=20, projects=3)
+    row = db.execute("select total_xp, completed_projects, last_activity > %s from specialization_progress", before)
+    assert row.fetchone() == (30, 3, True)
+
+
+def test_a_first_activity_creates_the_progress_and_the_license(db, users):
+    users(1)
+    answer = update_progress(db, 1, xp=1000, sessions=5)
+    assert (answer["old_level"], answer["new_level"]) == (1, 2)
+    assert answer["sync_result"]["action"] == "created"
+    assert levels(db, 1) == (2, 2)
+
+
+def test_a_first_activity_does_not_demote_a_license_that_is_there(db):
+    add_pair(db, 1, level=4)
+    bypass(db, "delete from specialization_progress")
+    answer = update_progress(db, 1, xp=10)
+    assert answer["new_level"] == 4
+    assert levels(db, 1) == (4, 4)
+
+
+def test_a_total_below_zero_is_refused(db):
+    add_pair(db, 1, level=1)
+    update_progress(db, 1, xp=10, sessions=5, projects=1)
+    before = everything(db)
+    for too_little in [{"xp": -11}, {"sessions": -6}, {"projects": -2}]:
+        with pytest.raises(psycopg.errors.CheckViolation, match="student 1 in PLAYER would have a total below zero"):
+            update_progress(db, 1, **too_little)
+        assert everything(db) == before
+
+
+def test_an_unknown_student_is_named(db):
+    add_pair(db, 1)
+    before = everything(db)
+    for student in [2, -1, 2**63 - 1, None]:
+        with pytest.raises(
+            psycopg.errors.NoDataFound, match=f"there is no student {'NULL' if student is None else student}"
+        ):
+            update_progress(db, student, xp=10)
+        assert everything(db) == before
+
+
+def test_an_unknown_specialization_is_named_with_the_known_ones(db):
+    add_pair(db, 1)
+    before = everything(db)
+    for specialization in [*HOSTILE, None, "player"]:
+        with pytest.raises(psycopg.errors.NoDataFound, match="there is no specialization") as refusal:
+            update_progress(db, 1, xp=10, specialization=specialization)
+        assert refusal.value.diag.message_hint == "Known are COACH, INTERNSHIP, PLAYER."
+        assert everything(db) == before
+
+
+def test_null_is_not_a_number_of_points(db):
+    add_pair(db, 1)
+    before = everything(db)
+    for nothing in [{"xp": None}, {"sessions": None}, {"projects": None}]:
+        with pytest.raises(psycopg.errors.NullValueNotAllowed, match="must be numbers, not NULL"):
+            update_progress(db, 1, **nothing)
+        assert everything(db) == before
+
+
+def test_a_total_too_large_to_count_is_an_error_and_nothing_is_written(db):
+    add_pair(db, 1)
+    update_progress(db, 1, xp=1, sessions=1, projects=1)
+    before = everything(db)
+    for huge in [{"xp": 2**63 - 1}, {"sessions": 2**31 - 1}, {"projects": 2**31 - 1}]:
+        with pytest.raises(psycopg.errors.NumericValueOutOfRange):
+            update_progress(db, 1, **huge)
+        assert everything(db) == before
+
+
+# sync_result
+
+
+def test_sync_result_is_none_where_the_level_stays(db):
+    add_pair(db, 1, level=3)
+    result = update_progress(db, 1, xp=1)["sync_result"]
+    assert (result["success"], result["action"], result["old_level"], result["new_level"]) == (True, "none", 3, 3)
+
+
+def test_sync_result_is_updated_where_the_other_side_followed(db):
+    add_pair(db, 1, level=1)
+    result = update_progress(db, 1, xp=1000, sessions=5)["sync_result"]
+    assert (result["success"], result["action"], result["old_level"], result["new_level"]) == (True, "updated", 1, 2)
+    result = advance(db, 1, 4)["sync_result"]
+    assert (result["success"], result["action"], result["old_level"], result["new_level"]) == (True, "updated", 2, 4)
+
+
+@pytest.mark.leftovers
+def test_sync_result_is_queued_where_the_license_side_fails(db):
+    add_pair(db, 1, level=1)
+    break_table(db, LICENSE)
+    answer = update_progress(db, 1, xp=1000, sessions=5)
+    assert (answer["success"], answer["new_level"]) == (True, 2)
+    assert (answer["sync_result"]["success"], answer["sync_result"]["action"]) == (False, "queued")
+    assert "sync_queue" in answer["sync_result"]["message"]
+    assert levels(db, 1) == (2, 1)
+    assert queued(db) == [(1, "PLAYER", "progress", "level_changed", "P0001")]
+
+
+@pytest.mark.leftovers
+def test_sync_result_is_queued_where_the_progress_side_fails(db):
+    add_pair(db, 1, level=1)
+    break_table(db, PROGRESS)
+    answer = advance(db, 1, 4)
+    assert (answer["success"], answer["sync_result"]["action"]) == (True, "queued")
+    assert levels(db, 1) == (1, 4)
+
+
+def test_sync_result_is_at_commit_in_bulk(db):
+    for user in (1, 2, 3):
+        add_pair(db, user, level=1)
+    configure(db, inline_limit=1)
+    answers = db.execute("select level_sync.update_progress(n, 'PLAYER', 1000, 5) from generate_series(1, 3) as n")
+    actions = [answer["sync_result"]["action"] for (answer,) in answers]
+    assert actions == ["updated", "at_commit", "at_commit"]
+    assert [levels(db, user) for user in (1, 2, 3)] == [(2, 2)] * 3
+
+
+def test_sync_result_is_at_commit_while_somebody_holds_the_other_row(database, db):
+    add_pair(db, 1, level=1)
+    holder = database.connect(autocommit=False)
+    holder.execute("select from user_licenses for update")
+    writer = database.connect(autocommit=False)
+    result = update_progress(writer, 1, xp=1000, sessions=5)["sync_result"]
+    assert (result["success"], result["action"]) == (False, "at_commit")
+    holder.rollback()
+    writer.commit()
+    assert levels(db, 1) == (2, 2)
+
+
+# advance_license
+
+
+def test_advance_license_raises_both_sides_and_says_so(db):
+    add_pair(db, 1, level=3)
+    answer = advance(db, 1, 5, "head.coach", "passed the exam")
+    assert answer.pop("sync_result")["action"] == "updated"
+    assert answer == {
+        "success": True,
+        "user_id": 1,
+        "specialization": "PLAYER",
+        "old_level": 3,
+        "new_level": 5,
+        "message": "license of user 1 in PLAYER advanced from level 3 to 5",
+        "advanced_by": "head.coach",
+        "reason": "passed the exam",
+    }
+    assert levels(db, 1) == (5, 5)
+
+
+def test_advance_license_sets_max_achieved_level_and_last_advanced_at(db):
+    add_pair(db, 1, level=6)
+    set_level(db, LICENSE, 1, 2)
+    before = db.execute("select clock_timestamp()").fetchone()
+    row = "select current_level, max_achieved_level, last_advanced_at > %s from user_licenses"
+    advance(db, 1, 4)
+    assert db.execute(row, before).fetchone() == (4, 6, True)
+    advance(db, 1, 8)
+    assert db.execute(row, before).fetchone() == (8, 8, True)
+
+
+ACTORS = "select actor, reason from level_sync.sync_events where action = 'updated' order by event_id"
+
+
+def test_the_event_tells_who_advanced_the_license_and_why(db):
+    add_pair(db, 1, level=3)
+    advance(db, 1, 4, "head.coach", "passed the exam")
+    assert db.execute(ACTORS).fetchall() == [("head.coach", "passed the exam")]
+
+
+def test_the_name_of_one_advance_does_not_stick_to_the_next_write(db):
+    add_pair(db, 1, level=3)
+    with db.transaction():
+        advance(db, 1, 4, "head.coach", "passed the exam")
+        set_level(db, LICENSE, 1, 5)
+        db.execute("set local level_sync.actor = 'the website'")
+        advance(db, 1, 6)
+        advance(db, 1, 7, "head.coach")
+        set_level(db, LICENSE, 1, 8)
+    assert [actor for actor, _ in db.execute(ACTORS)] == [
+        "head.coach",
+        None,
+        "the website",
+        "head.coach",
+        "the website",
+    ]
+
+
+def test_who_and_why_stand_in_every_event_of_a_bulk_advance(db):
+    for user in range(1, 6):
+        add_pair(db, user, level=3)
+    configure(db, inline_limit=2)
+    db.execute(
+        "select level_sync.advance_license(n, 'PLAYER', 4, 'head.coach', 'new year') from generate_series(1, 5) as n"
+    )
+    assert db.execute(ACTORS).fetchall() == [("head.coach", "new year")] * 5
+
+
+def test_a_target_that_is_not_a_higher_level_is_refused_with_a_message(db):
+    add_pair(db, 1, level=3)
+    before = everything(db)
+    for target, message in [
+        (3, "target level 3 is not above the current level 3 of user 1 in PLAYER"),
+        (2, "target level 2 is not above the current level 3"),
+        (0, "target level 0 is not above the current level 3"),
+        (-(2**31), "is not above the current level 3"),
+        (9, "target level 9 is above the highest level 8 of PLAYER"),
+        (2**31 - 1, "is above the highest level 8 of PLAYER"),
+        (None, "target_level must be a number, not NULL"),
+    ]:
+        answer = advance(db, 1, target, "head.coach")
+        assert answer["success"] is False
+        assert message in answer["message"]
+        assert (answer["old_level"], answer["new_level"], answer["sync_result"]) == (3, 3, None)
+        assert everything(db) == before
+
+
+def test_an_advance_without_a_license_is_refused_with_a_message(db):
+    add_pair(db, 1, level=3)
+    before = everything(db)
+    for user, specialization in [(2, "PLAYER"), (None, "PLAYER"), (1, None), (1, "COACH")]:
+        answer = advance(db, user, 4, specialization=specialization)
+        assert answer["success"] is False
+        shown = ["NULL" if value is None else str(value) for value in (user, specialization)]
+        assert answer["message"] == f"user {shown[0]} has no license in {shown[1]}"
+        assert everything(db) == before
+
+
+def test_a_hostile_specialization_is_only_a_name(db):
+    add_pair(db, 1, level=3)
+    before = everything(db)
+    for specialization in HOSTILE:
+        assert advance(db, 1, 4, specialization=specialization)["success"] is False
+        assert sync(db, PROGRESS, 1, specialization)["success"] is False
+        assert sync(db, LICENSE, 1, specialization)["success"] is False
+        assert call(db, "select count(*) from level_sync.find_desync_issues(%s)", specialization) == 0
+        assert everything(db) == before
+
+
+def test_any_text_may_stand_for_who_and_why(db):
+    for user, text in enumerate(HOSTILE):
+        add_pair(db, user, level=3)
+        assert advance(db, user, 4, text, text)["success"] is True
+        assert db.execute(ACTORS).fetchall()[-1] == (text[:200] or None, text[:1000] or None)
+
+
+# sync_progress_to_license, sync_license_to_progress
+
+
+@BOTH
+def test_sync_updates_the_side_that_differs(db, table):
+    add_pair(db, 1, level=3)
+    bypass_level(db, table, 1, 5)
+    side, other = SIDE[table], SIDE[OTHER[table]]
+    assert sync(db, table, 1) == {
+        "success": True,
+        "action": "updated",
+        "user_id": 1,
+        "specialization": "PLAYER",
+        "direction": f"{side}_to_{other}",
+        "old_level": 3,
+        "new_level": 5,
+        "message": f"{other} level 3 -> 5",
+    }
+    assert levels(db, 1) == (5, 5)
+    assert events(db, 1)[-1] == (ACROSS[table], "updated", 3, 5, "manual")
+
+
+@BOTH
+def test_sync_by_hand_may_demote(db, table):
+    add_pair(db, 1, level=6)
+    bypass_level(db, table, 1, 2)
+    assert sync(db, table, 1)["new_level"] == 2
+    assert levels(db, 1) == (2, 2)
+    highest = 8 if table == LICENSE else 6  # bypass_level raises it
+    assert db.execute("select max_achieved_level from user_licenses").fetchone() == (highest,)
+
+
+@BOTH
+def test_sync_creates_the_row_that_is_missing(db, table):
+    add_pair(db, 1, level=3)
+    bypass(db, f"delete from {OTHER[table]}")
+    answer = sync(db, table, 1)
+    assert (answer["success"], answer["action"], answer["old_level"], answer["new_level"]) == (True, "created", None, 3)
+    assert answer["message"] == f"{SIDE[OTHER[table]]} created at level 3"
+    assert levels(db, 1) == (3, 3)
+    assert events(db, 1)[-1] == (ACROSS[table], "created", None, 3, "manual")
+
+
+@BOTH
+def test_sync_of_equal_sides_does_nothing_and_says_so(db, table):
+    add_pair(db, 1, level=3)
+    before = everything(db)
+    answer = sync(db, table, 1)
+    assert (answer["success"], answer["action"], answer["old_level"], answer["new_level"]) == (True, "none", 3, 3)
+    assert answer["message"] == "both sides already have level 3"
+    assert everything(db) == before
+
+
+@BOTH
+def test_sync_without_a_source_row_fails_with_a_message_and_deletes_nothing(db, table):
+    add_pair(db, 1, level=3)
+    bypass(db, f"delete from {table}")
+    answer = sync(db, table, 1)
+    assert (answer["success"], answer["action"]) == (False, "none")
+    assert answer["message"] == f"user 1 has no {SIDE[table]} in PLAYER: nothing to carry"
+    assert level(db, OTHER[table], 1) == 3
+    bypass(db, f"delete from {OTHER[table]}")
+
+
+@BOTH
+def test_sync_does_not_spread_an_old_level_that_is_out_of_range(db, table):
+    add_pair(db, 1, level=3)
+    bypass_level(db, table, 1, 8)
+    db.execute("update specializations set max_levels = 5 where id = 'PLAYER'")
+    answer = sync(db, table, 1)
+    assert (answer["success"], answer["action"]) == (False, "none")
+    assert "level 8 of user 1 in PLAYER is out of range (1 to 5): correct it first" in answer["message"]
+    assert level(db, OTHER[table], 1) == 3
+    bypass_level(db, table, 1, 3)
+
+
+@BOTH
+def test_sync_against_a_failing_trigger_answers_with_its_error(db, table):
+    add_pair(db, 1, level=3)
+    bypass_level(db, table, 1, 5)
+    break_table(db, OTHER[table])
+    before = everything(db)
+    answer = sync(db, table, 1)
+    assert (answer["success"], answer["action"], answer["old_level"], answer["new_level"]) == (False, "none", 3, 3)
+    assert answer["message"] == "this side is broken (SQLSTATE P0001)"
+    assert everything(db) == before
+    db.execute("drop function broken cascade")
+    assert sync(db, table, 1)["success"] is True
+
+
+def test_sync_gives_up_a_held_row_after_its_lock_timeout(database, db):
+    add_pair(db, 1, level=3)
+    bypass_level(db, PROGRESS, 1, 5)
+    holder = database.connect(autocommit=False)
+    holder.execute("select from user_licenses for update")
+    began = time.monotonic()
+    answer = sync(db, PROGRESS, 1)
+    assert 1.5 < time.monotonic() - began < 5
+    assert (answer["success"], answer["action"], answer["new_level"]) == (False, "none", 3)
+    assert "55P03" in answer["message"]
+    holder.rollback()
+    assert sync(db, PROGRESS, 1)["action"] == "updated"
+
+
+@BOTH
+def test_sync_of_null_is_an_error(db, table):
+    for user, specialization in [(None, "PLAYER"), (1, None), (None, None)]:
+        with pytest.raises(psycopg.errors.NullValueNotAllowed, match="must both be given"):
+            sync(db, table, user, specialization)
+
+
+@BOTH
+def test_sync_of_an_unknown_user_fails_with_a_message(db, table):
+    add_pair(db, 1)
+    for user in [2, -(2**63), 2**63 - 1]:
+        answer = sync(db, table, user)
+        assert (answer["success"], answer["action"]) == (False, "none")
+        assert f"user {user} has no {SIDE[table]} in PLAYER" in answer["message"]
+
+
+@BOTH
+def test_sync_names_its_actor_and_forgets_him(db, table):
+    add_pair(db, 1, level=3)
+    bypass_level(db, table, 1, 5)
+    with db.transaction():
+        call(db, f"select level_sync.sync_{ACROSS[table]}(1, 'PLAYER', synced_by => 'night shift')")
+        set_level(db, table, 1, 6)
+    assert [actor for actor, _ in db.execute(ACTORS)] == ["night shift", None]
+
+
+# sync_user
+
+
+@BOTH
+def test_sync_user_carries_every_specialization_and_counts(db, table):
+    for specialization, start in [("PLAYER", 3), ("COACH", 3), ("INTERNSHIP", 2)]:
+        add_pair(db, 1, specialization, start)
+    add_pair(db, 2, level=3)
+    bypass(db, "update user_licenses set max_achieved_level = 8")
+    bypass(db, f"update {table} set current_level = 5 where current_level = 3")
+    bypass(db, f"delete from {OTHER[table]} where current_level = 2")
+    answer = call(db, "select level_sync.sync_user(1, %s)", ACROSS[table])
+    assert (answer["success"], answer["created"], answer["updated"], answer["none"]) == (True, 1, 2, 0)
+    assert [(pair["specialization"], pair["action"]) for pair in answer["pairs"]] == [
+        ("COACH", "updated"),
+        ("INTERNSHIP", "created"),
+        ("PLAYER", "updated"),
+    ]
+    assert [levels(db, 1, name) for name in ("PLAYER", "COACH", "INTERNSHIP")] == [(5, 5), (5, 5), (2, 2)]
+    assert set(levels(db, 2)) == {3, 5}
+    bypass(db, "update specialization_progress set current_level = 5 where student_id = 2")
+    bypass(db, "update user_licenses set current_level = 5, max_achieved_level = 5 where user_id = 2")
+
+
+def test_sync_user_follows_progress_unless_told_otherwise(db):
+    add_pair(db, 1, level=3)
+    bypass_level(db, PROGRESS, 1, 5)
+    assert call(db, "select level_sync.sync_user(1)")["direction"] == "progress_to_license"
+    assert levels(db, 1) == (5, 5)
+
+
+def test_sync_user_is_no_success_where_one_pair_failed(db):
+    add_pair(db, 1, "PLAYER", 3)
+    add_pair(db, 1, "COACH", 3)
+    bypass(db, "delete from specialization_progress where specialization_id = 'COACH'")
+    bypass_level(db, PROGRESS, 1, 5)
+    answer = call(db, "select level_sync.sync_user(1, 'progress_to_license')")
+    assert (answer["success"], answer["updated"], answer["none"]) == (False, 1, 1)
+    assert levels(db, 1) == (5, 5)
+    call(db, "select level_sync.sync_user(1, 'license_to_progress')")
+
+
+def test_sync_user_without_any_pair_is_a_success_of_nothing(db, users):
+    users(1)
+    answer = call(db, "select level_sync.sync_user(1)")
+    assert (answer["success"], answer["created"], answer["updated"], answer["none"]) == (True, 0, 0, 0)
+    assert answer["pairs"] == []
+
+
+def test_sync_user_names_an_unknown_user(db, users):
+    users(1)
+    for user in [2, -1, 2**63 - 1, None]:
+        with pytest.raises(psycopg.errors.NoDataFound, match=f"there is no user {'NULL' if user is None else user}"):
+            call(db, "select level_sync.sync_user(%s)", user)
+
+
+def test_sync_user_names_an_unknown_direction(db, users):
+    users(1)
+    for direction in [None, "", "up", "progress_to_license; drop table users"]:
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="unknown direction") as refusal:
+            call(db, "select level_sync.sync_user(1, %s)", direction)
+        assert refusal.value.diag.message_hint == "Use progress_to_license or license_to_progress."
+
+
+# desync_issues, find_desync_issues
+
+ISSUES = """select user_id, specialization, issue_type, progress_level, license_level, difference, recommended_action
+              from level_sync.find_desync_issues(%s)"""
+
+
+@pytest.fixture
+def broken_academy(db):
+    """One desync of each type, and three more mismatches: the license newer, undated, and the progress newer."""
+    for user in range(1, 7):
+        add_pair(db, user, level=4)
+    add_pair(db, 5, "COACH", 2)
+    bypass(db, "delete from user_licenses where user_id = 1")
+    bypass(db, "delete from specialization_progress where student_id = 2")
+    bypass(
+        db,
+        """update specialization_progress
+              set current_level = 7, last_activity = timestamptz '2024-01-01' where student_id = 3""",
+    )
+    bypass(db, "update user_licenses set last_advanced_at = timestamptz '2024-01-02' where user_id = 3")
+    bypass(
+        db,
+        """update user_licenses set current_level = 6, max_achieved_level = 6,
+                                    last_advanced_at = null where user_id = 4""",
+    )
+    bypass(db, "update user_licenses set current_level = 1, last_advanced_at = '2024-01-01' where user_id = 6")
+    bypass(db, "update specialization_progress set last_activity = '2024-01-02' where student_id = 6")
+
+
+@pytest.mark.leftovers
+@pytest.mark.parametrize(
+    ("policy", "actions"),
+    [
+        ("progress_wins", ["update_license", "update_license", "update_license"]),
+        ("license_wins", ["update_progress", "update_progress", "update_progress"]),
+        ("highest_wins", ["update_license", "update_progress", "update_license"]),
+        ("latest_wins", ["update_progress", "update_license", "update_license"]),
+        ("report_only", ["report_only", "report_only", "report_only"]),
+    ],
+)
+def test_each_desync_is_shown_once_with_its_difference_and_what_to_do(db, broken_academy, policy, actions):
+    configure(db, conflict_policy=policy)
+    assert db.execute(ISSUES, [None]).fetchall() == [
+        (1, "PLAYER", "missing_license", 4, None, None, "create_license"),
+        (2, "PLAYER", "missing_progress", None, 4, None, "create_progress"),
+        (3, "PLAYER", "level_mismatch", 7, 4, 3, actions[0]),
+        (4, "PLAYER", "level_mismatch", 4, 6, 2, actions[1]),
+        (6, "PLAYER", "level_mismatch", 4, 1, 3, actions[2]),
+    ]
+
+
+@pytest.mark.leftovers
+def test_a_tie_of_dates_falls_back_to_progress(db, broken_academy):
+    configure(db, conflict_policy="latest_wins")
+    bypass(db, "update user_licenses set last_advanced_at = '2024-01-01' where user_id = 3")
+    bypass(db, "update specialization_progress set last_activity = '2024-01-01' where student_id = 3")
+    assert db.execute(ISSUES, [None]).fetchall()[2][-1] == "update_license"
+
+
+@pytest.mark.leftovers
+def test_find_desync_issues_is_the_view_filtered(db, broken_academy):
+    bypass(db, "delete from user_licenses where specialization_type = 'COACH'")
+    everywhere = db.execute(ISSUES, [None]).fetchall()
+    assert len(everywhere) == 6
+    assert db.execute(ISSUES.replace("(%s)", "()")).fetchall() == everywhere
+    view = ISSUES.replace("find_desync_issues(%s)", "desync_issues")
+    assert sorted(db.execute(view).fetchall(), key=repr) == sorted(everywhere, key=repr)
+    assert [row[0] for row in db.execute(ISSUES, ["COACH"])] == [5]
+    assert [row[0] for row in db.execute(ISSUES, ["PLAYER"])] == [1, 2, 3, 4, 6]
+    assert db.execute(ISSUES, ["nowhere"]).fetchall() == []
+
+
+def test_equal_pairs_are_no_desync(db):
+    add_pair(db, 1)
+    insert(db, LICENSE, 1, 2, "COACH")
+    with db.transaction():
+        delete(db, LICENSE, 1, "COACH")
+        delete(db, PROGRESS, 1, "COACH")
+    assert db.execute(ISSUES, [None]).fetchall() == []
+
+
+def test_desyncs_of_a_range_of_users_are_found_in_the_indexes_alone(db):
+    bypass(db, "insert into users (id) select n from generate_series(1, 60000) as n")
+    bypass(
+        db,
+        """insert into specialization_progress (student_id, specialization_id, current_level)
+           select n, name, 3
+             from generate_series(1, 60000) as n cross join (values ('PLAYER'), ('COACH')) as known (name)""",
+    )
+    bypass(
+        db,
+        """insert into user_licenses (user_id, specialization_type, current_level, max_achieved_level)
+           select student_id, specialization_id, 3, 3 from specialization_progress""",
+    )
+    db.execute("vacuum (analyze) specialization_progress, user_licenses")
+    explained = db.execute("explain (analyze, timing off) select * from level_sync._desync_issues_between(1, 1000)")
+    plan = "\n".join(row[0] for row in explained)
+    assert plan.count("Index Only Scan") == 2
+    assert plan.count("Heap Fetches: 0") == 2
+    assert "Sort" not in plan
+    assert call(db, "select count(*) from level_sync.desync_issues") == 0
