@@ -3,6 +3,14 @@ do $$
 declare
   done record;
 begin
+  if exists (select from level_sync.application_changes where change like '% foreign key %')
+     and to_regclass('public.users') is not null and to_regclass('public.specializations') is not null
+     and to_regclass('public.specialization_progress') is not null and to_regclass('public.user_licenses') is not null
+  then
+    -- All at once and before anything is held: one after the other they would meet writers coming the other way.
+    lock table public.users, public.specializations, public.specialization_progress, public.user_licenses
+      in access exclusive mode;
+  end if;
   for done in select change_id, undo_sql from level_sync.application_changes order by change_id desc loop
     execute done.undo_sql;
     delete from level_sync.application_changes where change_id = done.change_id;

@@ -1,13 +1,15 @@
 -- depends: 0003_create_level_sync_tables
 -- Four foreign keys with ON DELETE RESTRICT forbid orphans. An older one on the same column is replaced in the
--- same statement, so there is never a moment without one. Existing rows are checked by the next migration,
--- which does not block writers.
+-- same statement, so there is never a moment without one; its ON UPDATE rule and its deferral stay. Existing rows
+-- are checked by the next migration, which does not block writers.
 do $$
 declare
-  wanted record;
-  older  record;
-  drops  text;
-  adds   text;
+  wanted   record;
+  older    record;
+  drops    text;
+  adds     text;
+  kept     text;
+  is_there boolean;
 begin
   -- So that every name below, also in the SQL kept for a rollback, comes out with its schema.
   perform set_config('search_path', 'pg_catalog', true);
@@ -25,7 +27,35 @@ begin
       join pg_catalog.pg_attribute as target
         on target.attrelid = key.on_table::pg_catalog.regclass and target.attname = key.on_column
   loop
-    continue when exists (
+    drops := '';
+    kept  := '';
+    for older in
+      select present.conname, pg_catalog.pg_get_constraintdef(present.oid) as definition,
+             pg_catalog.obj_description(present.oid, 'pg_constraint') as description,
+             case present.confupdtype when 'c' then ' on update cascade' when 'n' then ' on update set null'
+                                      when 'd' then ' on update set default' when 'r' then ' on update restrict'
+                                      else '' end
+               || case when present.condeferred then ' deferrable initially deferred'
+                       when present.condeferrable then ' deferrable' else '' end as rules
+        from pg_catalog.pg_constraint as present
+       where present.conrelid = wanted.relation
+         and present.contype = 'f'
+         and present.confrelid = wanted.refers_to::pg_catalog.regclass
+         and present.conkey = array[wanted.column_number]
+         and present.conparentid = 0
+         and not (present.conname = wanted.name and present.confdeltype = 'r')
+    loop
+      drops := drops || format('drop constraint %I, ', older.conname);
+      kept  := older.rules;
+      insert into level_sync.application_changes (change, undo_sql)
+      values (format('replaced foreign key %I of %s', older.conname, wanted.relation),
+              format('alter table %s add constraint %I %s', wanted.relation, older.conname, older.definition)
+                || case when older.description is null then ''
+                        else format('; comment on constraint %I on %s is %L', older.conname, wanted.relation, older.description)
+                   end);
+    end loop;
+
+    is_there := exists (
       select from pg_catalog.pg_constraint as present
        where present.conrelid = wanted.relation
          and present.conname = wanted.name
@@ -33,25 +63,18 @@ begin
          and present.confrelid = wanted.refers_to::pg_catalog.regclass
          and present.conkey = array[wanted.column_number]
          and present.confdeltype = 'r');
+    continue when is_there and drops = '';
 
-    drops := '';
-    for older in
-      select present.conname, pg_catalog.pg_get_constraintdef(present.oid) as definition
-        from pg_catalog.pg_constraint as present
-       where present.conrelid = wanted.relation
-         and present.contype = 'f'
-         and present.confrelid = wanted.refers_to::pg_catalog.regclass
-         and present.conkey = array[wanted.column_number]
-         and present.conparentid = 0
-    loop
-      drops := drops || format('drop constraint %I, ', older.conname);
-      insert into level_sync.application_changes (change, undo_sql)
-      values (format('replaced foreign key %I of %s', older.conname, wanted.relation),
-              format('alter table %s add constraint %I %s', wanted.relation, older.conname, older.definition));
-    end loop;
+    -- All at once and before anything is held: one after the other they would meet writers coming the other way.
+    lock table public.users, public.specializations, public.specialization_progress, public.user_licenses
+      in access exclusive mode;
+    if is_there then
+      execute format('alter table %s ', wanted.relation) || rtrim(drops, ', ');
+      continue;
+    end if;
 
-    adds := format('add constraint %I foreign key (%I) references %s (id) on delete restrict',
-                   wanted.name, wanted.on_column, wanted.refers_to);
+    adds := format('add constraint %I foreign key (%I) references %s (id) on delete restrict%s',
+                   wanted.name, wanted.on_column, wanted.refers_to, kept);
     -- Before PostgreSQL 18 a partitioned table takes no foreign key that is not valid yet.
     if current_setting('server_version_num')::integer >= 180000
        or (select relkind from pg_catalog.pg_class where oid = wanted.relation) <> 'p' then

@@ -4,6 +4,7 @@ do $$
 declare
   documented record;
   target     text;
+  present    text;
 begin
   for documented in
     select doc.*
@@ -31,9 +32,17 @@ begin
   loop
     target := case when documented.on_column is null then format('table %s', documented.on_table)
                    else format('column %s.%I', documented.on_table, documented.on_column) end;
+    present := case when documented.on_column is null
+                    then format('pg_catalog.obj_description(pg_catalog.to_regclass(%L), ''pg_class'')', documented.on_table)
+                    else format('(select pg_catalog.col_description(attrelid, attnum) from pg_catalog.pg_attribute'
+                                ' where attrelid = pg_catalog.to_regclass(%L) and attname = %L)',
+                                documented.on_table, documented.on_column) end;
     execute format('comment on %s is %L', target, documented.text);
+    -- A comment that somebody has rewritten since, and a table that is gone, are left alone.
     insert into level_sync.application_changes (change, undo_sql)
-    values ('commented ' || target, format('comment on %s is null', target));
+    values ('commented ' || target,
+            format('do $undo$ begin if %s = %L then comment on %s is null; end if; end $undo$',
+                   present, documented.text, target));
   end loop;
 end
 $$;

@@ -24,6 +24,18 @@ begin
     return;
   end if;
 
+  -- Both tables at once and before either is held: one after the other they would meet writers coming the other way.
+  if (select pg_class.relnamespace from pg_class where pg_class.oid = relation) <> 'level_sync'::regnamespace then
+    if exists (
+      select from pg_trigger
+       where pg_trigger.tgrelid = _ensure_trigger.relation and pg_trigger.tgname = _ensure_trigger.trigger_name)
+    then
+      lock table public.specialization_progress, public.user_licenses in access exclusive mode;
+    else
+      lock table public.specialization_progress, public.user_licenses in share row exclusive mode;
+    end if;
+  end if;
+
   execute format('drop trigger if exists %I on %s', trigger_name, relation);
   execute statement;
   execute format('comment on trigger %I on %s is %L', trigger_name, relation, promise);
@@ -65,6 +77,13 @@ as $$
 declare
   installed record;
 begin
+  if exists (
+    select from pg_trigger
+     where pg_trigger.tgrelid in (to_regclass('public.specialization_progress'), to_regclass('public.user_licenses'))
+       and pg_trigger.tgname in (select installed_triggers.trigger_name from level_sync.installed_triggers))
+  then
+    lock table public.specialization_progress, public.user_licenses in access exclusive mode;
+  end if;
   for installed in
     select * from level_sync.installed_triggers
      where to_regclass(installed_triggers.relation::text) is not null

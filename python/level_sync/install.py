@@ -7,6 +7,7 @@ sql/ and is loaded whole each time. Both stand beside this package in a wheel, a
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,8 @@ from yoyo.exceptions import LockTimeout
 from level_sync.database import queries, read_dsn
 
 SCHEMA = "level_sync"
-LOCK_TIMEOUT = "500ms"  # how long one try of a step may make writers queue behind it
-LOCK_TRIES = 40
+LOCK_TIMEOUT = "100ms"  # how long one try of a step may make writers queue behind it
+LOCK_TRIES = 200
 
 
 class MigrateError(Exception):
@@ -108,7 +109,7 @@ def _patiently(step: Callable[[], None]) -> None:
                     f"live transactions held the tables through {LOCK_TRIES} tries of {LOCK_TIMEOUT}; "
                     "nothing is half done. Run this again in a quieter moment."
                 ) from error
-            time.sleep(min(0.1 * tried, 1.0))
+            time.sleep(random.uniform(0.02, 0.4))  # noqa: S311 - out of step with writers that come at intervals
         else:
             return
 
