@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,25 @@ import pytest
 from psycopg import sql
 
 from level_sync import install
-from servers import CRON_CONFIGURATION, EmbeddedServer, Server, SystemServer, has_extension, system_binaries
+from level_sync.servers import (
+    CRON_CONFIGURATION,
+    EmbeddedServer,
+    SystemServer,
+    dsn_of,
+    has_extension,
+    system_binaries,
+)
+
+Server = SystemServer | EmbeddedServer
 
 TEMPLATE = "migrated_template"
+CONFIGURATION = """
+fsync = off
+max_connections = 100
+max_prepared_transactions = 10
+track_functions = all
+log_min_messages = warning
+"""
 _numbers = itertools.count(1)
 
 
@@ -28,40 +45,50 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def _start(name: str) -> Server:
-    if name == "embedded":
-        return EmbeddedServer()
-    binaries = system_binaries()
-    if binaries is None:
-        reason = "no PostgreSQL from system packages here, and installing it needs root on Debian or Ubuntu"
+def start_server(kind: str, directory: Path) -> Server:
+    """A new server in the directory, which must not exist; skips where its packages are missing and cannot be got."""
+    if kind == "embedded":
+        embedded = EmbeddedServer(directory)
+        embedded.create(CONFIGURATION)
+        return embedded
+    if system_binaries() is None:
         if os.geteuid() == 0 and Path("/etc/debian_version").exists():
             pytest.fail("PostgreSQL's packages are missing: run tests/install_server_packages first")
-        pytest.skip(reason)
-    if not has_extension(binaries, "pg_cron"):
-        return SystemServer(binaries)
-    server = SystemServer(binaries, CRON_CONFIGURATION)
-    with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+        pytest.skip("no PostgreSQL from system packages here, and installing it needs root on Debian or Ubuntu")
+    system = SystemServer(directory)
+    if not has_extension(system.binaries, "pg_cron"):
+        system.create(CONFIGURATION)
+        return system
+    # pg_cron lives in a database of its own, as on managed services.
+    system.create(CONFIGURATION + CRON_CONFIGURATION.format(cron_database="cron_home"))
+    with psycopg.connect(dsn_of(system, "postgres"), autocommit=True) as connection:
         connection.execute("create database cron_home")
-    with psycopg.connect(dsn_of(server, "cron_home"), autocommit=True) as connection:
+    with psycopg.connect(dsn_of(system, "cron_home"), autocommit=True) as connection:
         connection.execute("create extension pg_cron")
-    return server
+    return system
+
+
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """A directory that the server's own user can reach."""
+    with tempfile.TemporaryDirectory(prefix="level_sync_test_", ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
 
 
 @pytest.fixture(scope="session", params=["system", "embedded"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A running server: Debian's PostgreSQL, then the embedded one. It has a migrated template database."""
-    server = _start(request.param)
-    try:
-        with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
-            connection.execute(f"create database {TEMPLATE}")
-        install.migrate(dsn_of(server, TEMPLATE))
-        yield server
-    finally:
-        server.stop()
-
-
-def dsn_of(server: Server, database: str, user: str = "postgres") -> str:
-    return f"host={server.directory} dbname={database} user={user}"
+    with temporary_directory() as parent:
+        server = start_server(request.param, parent / "server")
+        try:
+            with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+                connection.execute(f"create database {TEMPLATE}")
+            install.migrate(dsn_of(server, TEMPLATE))
+            yield server
+        finally:
+            server.stop()
 
 
 @dataclass

@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from level_sync import demo
-from servers import psql_binary
 
 README = Path(__file__).parents[1] / "README.md"
 SHOWN = re.compile(r"```sql\n(?P<statements>.*?)```\n\n```text\n(?P<output>.*?)```", re.DOTALL)
@@ -22,7 +21,7 @@ def test_every_sql_block_prints_what_the_readme_shows(database):
     assert len(blocks) >= 3
     for block in blocks:
         shown = subprocess.run(
-            [psql_binary(), "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", database.dsn],
+            [database.server.binaries / "psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", database.dsn],
             input=block["statements"],
             capture_output=True,
             text=True,

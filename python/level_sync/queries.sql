@@ -29,6 +29,7 @@ select set_config('lock_timeout', :lock_timeout, false)
 
 -- name: has_remove_triggers()$
 select to_regprocedure('level_sync._remove_triggers()') is not null
+   and to_regclass('level_sync.installed_triggers') is not null
 
 -- name: remove_triggers()!
 select level_sync._remove_triggers()
