@@ -18,6 +18,7 @@ from rich.text import Text
 
 from level_sync import demo as demonstration
 from level_sync import install
+from level_sync import schedule as jobs
 from level_sync import verify as verification
 from level_sync.database import DsnError, connect, queries
 from level_sync.servers import ServerError
@@ -300,32 +301,16 @@ def schedule(
     ] = None,
 ) -> None:
     """Make or update the pg_cron jobs: the reconcile, and the maintenance every minute."""
-    with _plain_errors(), connect(dsn) as connection:
-        access = queries.cron_access(connection)
-        if access["is_preloaded"] and not access["is_here"]:
-            expression = cron_expression or queries.settings(connection)["schedule"]
-            queries.check_cron_expression(connection, cron_expression=expression)
-            with connect(dsn, database=access["cron_database"]) as cron_connection:
-                for job in queries.wanted_cron_jobs(connection, cron_expression=expression):
-                    queries.schedule_elsewhere(cron_connection, **job, database=connection.info.dbname)
-            queries.keep_schedule(connection, cron_expression=expression)
-            console.print(f"scheduled at {expression}, by pg_cron in database {access['cron_database']}")
-        else:
-            answer: dict[str, Any] = queries.schedule(connection, cron_expression=cron_expression)
-            console.print(f"scheduled at {answer['schedule']}")
+    with _plain_errors():
+        expression, cron_database = jobs.schedule(dsn, cron_expression)
+    console.print(f"scheduled at {expression}, by pg_cron in database {cron_database}", highlight=False, markup=False)
 
 
 @app.command()
 def unschedule(dsn: Dsn = "") -> None:
     """Remove the pg_cron jobs."""
-    with _plain_errors(), connect(dsn) as connection:
-        access = queries.cron_access(connection)
-        if access["is_preloaded"] and not access["is_here"]:
-            with connect(dsn, database=access["cron_database"]) as cron_connection:
-                removed: int = queries.unschedule_elsewhere(cron_connection, database=connection.info.dbname)
-        else:
-            removed = queries.unschedule(connection)
-    console.print(f"{removed} job(s) removed")
+    with _plain_errors():
+        console.print(f"{jobs.unschedule(dsn)} job(s) removed")
 
 
 @app.command()

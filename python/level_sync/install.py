@@ -7,6 +7,7 @@ sql/ and is loaded whole each time. Both stand beside this package in a wheel, a
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,9 @@ from yoyo.connections import DatabaseURI
 from yoyo.exceptions import LockTimeout
 
 from level_sync.database import queries, read_dsn
+from level_sync.schedule import unschedule
 
-SCHEMA = "level_sync"
+logger = logging.getLogger(__name__)
 LOCK_TIMEOUT = "100ms"  # how long one try of a step may make writers queue behind it
 LOCK_TRIES = 200
 
@@ -137,6 +139,14 @@ def rollback(dsn: str) -> list[str]:
     Raises as migrate does.
     """
     undone: list[str] = []
+    try:
+        unschedule(dsn)
+    except (psycopg.OperationalError, psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege) as error:
+        logger.warning(
+            "The pg_cron jobs could not be looked at (%s). If there are any, remove them in the database of pg_cron: "
+            "select cron.unschedule(jobid) from cron.job where jobname like 'level_sync_%%'",
+            str(error).strip(),
+        )
     with _locked_backend(dsn) as backend:
         # First, so that no write meets a trigger whose functions or tables are already gone.
         if queries.has_remove_triggers(backend.connection):

@@ -118,6 +118,10 @@ select proname as name, prosrc as body
 -- name: cron_access()^
 select is_preloaded, is_here, may_read, cron_database from level_sync._cron_access()
 
+-- name: has_schedule()$
+select to_regprocedure('level_sync._cron_access()') is not null
+   and to_regprocedure('level_sync.unschedule()') is not null
+
 -- name: schedule(cron_expression)$
 select level_sync.schedule(:cron_expression)
 

@@ -1,0 +1,39 @@
+"""The pg_cron jobs, in whichever database of the server pg_cron lives."""
+
+from __future__ import annotations
+
+from level_sync.database import connect, queries
+
+
+def schedule(dsn: str, cron_expression: str | None = None) -> tuple[str, str]:
+    """Makes or updates both jobs and returns the cron expression of the reconcile and the database of pg_cron.
+
+    Without an expression settings.schedule is used. Raises psycopg.Error where pg_cron is not installed, may not be
+    used, or the expression is not one; its hint says what to do.
+    """
+    with connect(dsn) as connection:
+        access = queries.cron_access(connection)
+        if access["is_here"] or not access["is_preloaded"]:
+            answer = queries.schedule(connection, cron_expression=cron_expression)
+            return answer["schedule"], connection.info.dbname
+        expression: str = cron_expression or queries.settings(connection)["schedule"]
+        queries.check_cron_expression(connection, cron_expression=expression)
+        with connect(dsn, database=access["cron_database"]) as cron_connection:
+            for job in queries.wanted_cron_jobs(connection, cron_expression=expression):
+                queries.schedule_elsewhere(cron_connection, **job, database=connection.info.dbname)
+        queries.keep_schedule(connection, cron_expression=expression)
+        return expression, access["cron_database"]
+
+
+def unschedule(dsn: str) -> int:
+    """Removes both jobs and returns how many there were. Raises psycopg.Error where that is not allowed."""
+    with connect(dsn) as connection:
+        if not queries.has_schedule(connection):
+            return 0
+        access = queries.cron_access(connection)
+        if access["is_here"] or not access["is_preloaded"]:
+            removed: int = queries.unschedule(connection)
+        else:
+            with connect(dsn, database=access["cron_database"]) as cron_connection:
+                removed = queries.unschedule_elsewhere(cron_connection, database=connection.info.dbname)
+    return removed
