@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
+from level_sync import check as inspection
 from level_sync import demo as demonstration
 from level_sync import install
 from level_sync import schedule as jobs
@@ -148,6 +149,28 @@ def demo(
         console.print("  update user_licenses set current_level = 3 where user_id = 20001 returning *;")
         console.print("  select * from specialization_progress where student_id = 20001;\n")
         console.print("Stop and remove it with: make stop, or level-sync demo --stop")
+
+
+@app.command()
+def check(dsn: Dsn = "", as_json: AsJson = False) -> None:
+    """Look at a database before migrate: what would be done, and what stands in the way. Changes nothing.
+
+    Exit code: 0 ready, 1 needs decisions, 2 cannot, 32 no connection.
+    """
+    with _plain_errors():
+        findings = inspection.check(dsn)
+    code = inspection.exit_code(findings)
+    if as_json:
+        typer.echo(json.dumps({"exit_code": code, "findings": [finding.as_json() for finding in findings]}))
+    else:
+        for finding in sorted(findings, key=lambda finding: inspection.VERDICTS.index(finding.verdict)):
+            console.print(_cell(f"{finding.verdict:8}{finding.subject}: {finding.detail}"))
+            if finding.fix:
+                console.print(_cell(f"{'':8}-> {finding.fix}"))
+        console.print(
+            {0: "Ready: run level-sync migrate.", 1: "Decide what is marked `decide`.", 2: "Not possible yet."}[code]
+        )
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -1,0 +1,266 @@
+"""A look at a database before level_sync is installed: what migrate would do, and what stands in its way.
+
+It only reads. Each finding has a verdict: `ok`, `migrate` (migrate does it), `note` (worth knowing), `decide` (a person
+has to choose first) or `cannot` (level_sync does not work with this; the fix says what to change).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiosql
+import psycopg
+
+from level_sync.database import connect
+
+READY, NEEDS_DECISIONS, CANNOT = 0, 1, 2
+VERDICTS = ["ok", "note", "migrate", "decide", "cannot"]
+
+OLDEST_VERSION = 140000
+NOT_VALID_ON_PARTITIONED = 180000  # from here on a partitioned table takes a foreign key that is not valid yet
+
+inspection: Any = aiosql.from_path(Path(__file__).with_name("check.sql"), "psycopg")
+
+PAIRS = {
+    "specialization_progress": ("student_id", "specialization_id"),
+    "user_licenses": ("user_id", "specialization_type"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing seen, with its verdict and, for an obstacle, the exact SQL or option that removes it."""
+
+    verdict: str
+    subject: str
+    detail: str
+    fix: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def exit_code(findings: list[Finding]) -> int:
+    """0 ready, 1 needs decisions, 2 cannot."""
+    verdicts = {finding.verdict for finding in findings}
+    return CANNOT if "cannot" in verdicts else NEEDS_DECISIONS if "decide" in verdicts else READY
+
+
+def check(dsn: str) -> list[Finding]:
+    """Looks at the database, in one read-only transaction. Raises psycopg.OperationalError without a connection."""
+    with connect(dsn) as connection:
+        connection.read_only = True
+        with connection.transaction():
+            return list(_look(connection))
+
+
+def _look(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    server = inspection.server(connection)
+    tables = {row["name"]: row for row in inspection.tables(connection)}
+    columns = list(inspection.columns(connection))
+    yield from _judge_server(server, tables)
+    for table in tables.values():
+        yield from _judge_table(table, server)
+    yield from _judge_columns(columns, tables)
+
+    missing_keys = any(column["is_key"] and not column["type"] for column in columns)
+    are_readable = all(tables[name]["is_there"] and tables[name]["is_table"] for name in ("users", *PAIRS))
+    if missing_keys or not are_readable or not tables["specializations"]["is_there"]:
+        return
+    yield from _judge_lengths(columns, inspection.longest_specialization(connection))
+    yield from _judge_duplicates(connection)
+    yield from _judge_foreign_keys(connection)
+    yield from _judge_data(connection)
+    yield from _judge_surroundings(connection)
+
+
+def _judge_server(server: dict[str, Any], tables: dict[str, Any]) -> Iterator[Finding]:
+    if server["version_number"] < OLDEST_VERSION:
+        yield Finding("cannot", "server", f"PostgreSQL {server['version']} is too old", "Upgrade to 14 or newer.")
+    else:
+        yield Finding("ok", "server", f"PostgreSQL {server['version']}")
+    if not server["is_installed"] and not server["may_create_schema"]:
+        yield Finding(
+            "cannot",
+            "rights",
+            f"role {server['role']} may not create a schema in {server['database']}",
+            f'grant create on database "{server["database"]}" to "{server["role"]}";',
+        )
+    if not all(table["is_there"] for table in tables.values()) and not server["may_create_tables"]:
+        yield Finding(
+            "cannot",
+            "rights",
+            f"role {server['role']} may not create the missing tables in schema public",
+            f'grant create on schema public to "{server["role"]}";',
+        )
+    if server["cron_database"] is None:
+        yield Finding(
+            "note",
+            "pg_cron",
+            "not preloaded: everything but the schedule works",
+            "Install postgresql-NN-cron and set shared_preload_libraries = 'pg_cron', or run level-sync reconcile from "
+            "another scheduler.",
+        )
+    else:
+        yield Finding("ok", "pg_cron", f"preloaded, in database {server['cron_database']}")
+
+
+def _judge_table(table: dict[str, Any], server: dict[str, Any]) -> Iterator[Finding]:
+    name = table["name"]
+    if not table["is_there"]:
+        if table["other_schemas"]:
+            schema = table["other_schemas"][0]
+            yield Finding(
+                "cannot",
+                name,
+                f"stands in schema {schema}; level_sync works on schema public only",
+                f"alter table {schema}.{name} set schema public;",
+            )
+        else:
+            yield Finding("migrate", name, "does not exist and is created")
+        return
+    if not table["is_table"]:
+        yield Finding("cannot", name, "is not a table", "level_sync needs the table itself, not a view of it.")
+        return
+    if not table["is_owned"]:
+        yield Finding(
+            "cannot",
+            name,
+            f"belongs to {table['owner']}, and role {server['role']} is no member of it",
+            f'Run as {table["owner"]}, or: grant "{table["owner"]}" to "{server["role"]}";',
+        )
+    else:
+        yield Finding("ok", name, f"about {table['estimated_rows']:,} rows, adopted as it is")
+    if name not in PAIRS:
+        return
+    if table["is_partitioned"] and server["version_number"] < NOT_VALID_ON_PARTITIONED:
+        yield Finding(
+            "note",
+            name,
+            "is partitioned: before PostgreSQL 18 its foreign keys are checked while writers wait",
+            "Migrate in a quiet moment.",
+        )
+    if table["forces_row_security"] and not server["is_superuser"]:
+        yield Finding(
+            "decide",
+            name,
+            "forces row level security on its owner: rows hidden from the owner would be taken for missing",
+            f"alter table public.{name} no force row level security;",
+        )
+    elif table["has_row_security"]:
+        yield Finding("note", name, "has row level security; the triggers run as its owner, who sees every row")
+
+
+def _judge_columns(columns: list[dict[str, Any]], tables: dict[str, Any]) -> Iterator[Finding]:
+    for column in columns:
+        if not tables[column["on_table"]]["is_table"]:
+            continue
+        where = f"{column['on_table']}.{column['name']}"
+        alter = f"alter table public.{column['on_table']} alter column {column['name']} type"
+        wanted, actual = column["family"], column["actual_family"]
+        if not column["type"] and column["is_key"]:
+            yield Finding("cannot", where, "does not exist", "level_sync needs this column under this name.")
+        elif not column["type"]:
+            yield Finding("migrate", where, "does not exist and is added, empty")
+        elif actual == "enum":
+            yield Finding(
+                "cannot", where, f"is an enum ({column['type']})", f"{alter} text using {column['name']}::text;"
+            )
+        elif (wanted, actual) == ("timestamptz", "timestamp"):
+            yield Finding("note", where, "has no time zone; it is taken for UTC, whatever TimeZone says")
+        elif wanted != actual:
+            new_type = {"integer": "bigint", "text": "text"}.get(wanted, wanted)
+            yield Finding(
+                "cannot", where, f"is {column['type']}", f"{alter} {new_type} using {column['name']}::{new_type};"
+            )
+
+
+def _judge_lengths(columns: list[dict[str, Any]], longest: int) -> Iterator[Finding]:
+    for column in columns:
+        if column["max_length"] is not None and column["max_length"] < longest:
+            yield Finding(
+                "decide",
+                f"{column['on_table']}.{column['name']}",
+                f"holds {column['max_length']} characters; the longest specialization id has {longest}",
+                f"alter table public.{column['on_table']} alter column {column['name']} type varchar({longest});",
+            )
+
+
+def _judge_duplicates(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    look = {"specialization_progress": inspection.duplicate_progress, "user_licenses": inspection.duplicate_licenses}
+    for row in inspection.unique_pairs(connection):
+        table = row["on_table"]
+        pair = ", ".join(PAIRS[table])
+        if row["is_unique"]:
+            yield Finding("ok", table, f"({pair}) is unique")
+            continue
+        found = look[table](connection)
+        if found["pairs"]:
+            yield Finding(
+                "decide",
+                table,
+                f"{found['pairs']:,} pairs stand more than once: {'; '.join(found['examples'])}",
+                "level-sync migrate --merge-duplicates keeps the highest level, then the latest, of each.",
+            )
+        else:
+            yield Finding("migrate", table, f"({pair}) has no unique index; one is built, concurrently")
+
+
+def _judge_foreign_keys(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    for key in inspection.foreign_keys(connection):
+        where = f"{key['on_table']}.{key['on_column']}"
+        if key["replaced"]:
+            yield Finding("migrate", where, f"{key['name']} (RESTRICT) replaces {'; '.join(key['replaced'])}")
+        elif key["is_there"]:
+            yield Finding("ok", where, f"{key['name']} is there")
+        else:
+            yield Finding("migrate", where, f"{key['name']} to {key['refers_to']} is added, ON DELETE RESTRICT")
+    for row in inspection.orphans(connection):
+        yield Finding(
+            "decide",
+            row["on_table"],
+            f"{row['pairs']:,} rows without their row in {row['refers_to']}: {'; '.join(row['examples'])}",
+            f"Add the missing {row['refers_to']}, or level-sync migrate --quarantine-orphans moves the rows aside.",
+        )
+
+
+def _judge_data(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    for row in inspection.out_of_range_levels(connection):
+        yield Finding(
+            "note",
+            row["on_table"],
+            f"{row['pairs']:,} levels are NULL or out of range: {'; '.join(row['examples'])}",
+            "Correct them; until then a reconcile queues these pairs.",
+        )
+    counts: dict[str, int] = defaultdict(int)
+    for row in inspection.desyncs(connection):
+        counts[row["issue_type"]] = row["pairs"]
+        yield Finding(
+            "note",
+            row["issue_type"],
+            f"{row['pairs']:,} pairs: {'; '.join(row['examples'])}",
+            "After migrate: level-sync reconcile --dry-run shows what would be done, level-sync reconcile does it.",
+        )
+    missing_of = {"specialization_progress": "missing_progress", "user_licenses": "missing_license"}
+    for column in inspection.unfilled_columns(connection):
+        table = column["on_table"]
+        yield Finding(
+            "decide",
+            f"{table}.{column['name']}",
+            f"is NOT NULL without a default ({column['type']}): no row can be created for a pair that has none "
+            f"({counts[missing_of[table]]:,} now)",
+            f"alter table public.{table} alter column {column['name']} set default ...;",
+        )
+
+
+def _judge_surroundings(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    for row in inspection.triggers(connection):
+        yield Finding(
+            "note", row["on_table"], f"has a trigger of its own, {row['name']}, which fires for our writes too"
+        )
+    for row in inspection.referring_tables(connection):
+        yield Finding("note", row["on_table"], f"is referred to by {row['name']}")
