@@ -1,3 +1,11 @@
+do $$
+begin
+  if to_regprocedure('level_sync._restore_rows()') is not null then
+    perform level_sync._restore_rows();
+  end if;
+end
+$$;
+drop table if exists level_sync.quarantined_rows cascade;
 drop table if exists level_sync.installed_triggers cascade;
 drop table if exists level_sync.pending_pairs cascade;
 drop table if exists level_sync.sync_queue cascade;

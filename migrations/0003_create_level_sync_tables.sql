@@ -190,6 +190,28 @@ create unlogged table if not exists level_sync.pending_pairs (
 
 comment on table level_sync.pending_pairs is 'Pairs that open transactions carry in one set when they commit. Empty for everybody else.';
 
+-- Old rows that migrate may not keep in place and does not delete: orphans and duplicates.
+create table if not exists level_sync.quarantined_rows (
+  quarantine_id  bigint generated always as identity primary key,
+  quarantined_at timestamptz not null default clock_timestamp(),
+  on_table       text        not null,
+  why            text        not null,
+  user_id        bigint,
+  specialization text,
+  whole_row      text        not null,
+  constraint on_table_is_known check (on_table in ('specialization_progress', 'user_licenses')),
+  constraint why_is_known check (why in ('orphan', 'duplicate'))
+);
+
+comment on table level_sync.quarantined_rows is 'Rows that migrate moved aside, whole: orphans and duplicates. level-sync restore brings them back, and so does a rollback.';
+comment on column level_sync.quarantined_rows.quarantine_id is 'Identifies the row.';
+comment on column level_sync.quarantined_rows.quarantined_at is 'When it was moved.';
+comment on column level_sync.quarantined_rows.on_table is 'Table of schema public it came from.';
+comment on column level_sync.quarantined_rows.why is 'orphan (no user or no specialization) or duplicate (another row of the pair was kept).';
+comment on column level_sync.quarantined_rows.user_id is 'users.id of the pair.';
+comment on column level_sync.quarantined_rows.specialization is 'specializations.id of the pair.';
+comment on column level_sync.quarantined_rows.whole_row is 'The row as PostgreSQL writes a composite value of its table.';
+
 -- What loading sql/ compares with, so that loading it again leaves a trigger alone that is as it should be.
 create table if not exists level_sync.installed_triggers (
   relation     regclass not null,

@@ -38,6 +38,18 @@ $$;
 
 comment on function level_sync._session_reason() is 'Why, in the application''s words: its setting level_sync.reason.';
 
+-- A text, because PL/pgSQL gives it whichever type the column has that it is for, without asking TimeZone or DateStyle.
+create or replace function level_sync._as_utc(moment timestamptz)
+  returns text
+  language sql
+  stable
+as $$
+  select to_char(moment at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS.US+00')
+$$;
+
+comment on function level_sync._as_utc(timestamptz) is
+  'A moment written so that a timestamptz takes it as it is, and a timestamp without time zone as UTC.';
+
 create or replace function level_sync._enqueue(
     user_ids bigint[], specializations text[], sides text[], changes text[], sqlstates text[], messages text[],
     actors text[] default null, reasons text[] default null)

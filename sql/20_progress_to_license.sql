@@ -14,6 +14,7 @@ declare
   outer_depth        text;
   outer_lock_timeout text;
   carried_at         timestamptz;
+  written_at         public.user_licenses.last_advanced_at%type;
   is_refused         boolean := false;
   is_held            boolean;
   rule               record;
@@ -90,6 +91,7 @@ begin
       end if;
     end if;
     carried_at := clock_timestamp();
+    written_at := level_sync._as_utc(carried_at);
 
     -- Levels are read from the live rows, never from NEW: another trigger may have written the row once more.
     if tg_op = 'INSERT' then
@@ -97,7 +99,7 @@ begin
         insert into public.user_licenses
                (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
         select progress.student_id, progress.specialization_id, progress.current_level, progress.current_level,
-               carried_at, carried_at
+               written_at, written_at
           from public.specialization_progress as progress
          where progress.student_id = new.student_id
            and progress.specialization_id = new.specialization_id
@@ -130,7 +132,7 @@ begin
         update public.user_licenses as license
            set current_level      = progress.current_level,
                max_achieved_level = greatest(license.max_achieved_level, progress.current_level),
-               last_advanced_at   = carried_at
+               last_advanced_at   = written_at
           from public.specialization_progress as progress
          where license.user_id = new.student_id
            and license.specialization_type = new.specialization_id
@@ -204,7 +206,8 @@ create or replace function level_sync._carry_progress_to_licenses(
 as $$
 declare
   outer_depth  text        := current_setting('level_sync.own_depth', true);
-  carried_at   timestamptz := clock_timestamp();
+  carried_at   constant timestamptz := clock_timestamp();
+  written_at   constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(carried_at);
   on_delete    text        := (select settings.on_delete from level_sync.settings);
   held_ids     bigint[];
   held_specs   text[];
@@ -249,7 +252,7 @@ begin
       update public.user_licenses as license
          set current_level      = held.new_level,
              max_achieved_level = greatest(license.max_achieved_level, held.new_level),
-             last_advanced_at   = carried_at
+             last_advanced_at   = written_at
         from unnest(held_ids, held_specs, old_levels, new_levels, held_actors, held_reasons)
                as held (user_id, specialization, old_level, new_level, actor, reason)
        where license.user_id = held.user_id
@@ -269,7 +272,7 @@ begin
       insert into public.user_licenses
              (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
       select progress.student_id, progress.specialization_id, progress.current_level, progress.current_level,
-             carried_at, carried_at
+             written_at, written_at
         from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
         join public.specialization_progress as progress
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization

@@ -14,6 +14,7 @@ declare
   outer_depth        text;
   outer_lock_timeout text;
   carried_at         timestamptz;
+  written_at         public.specialization_progress.last_activity%type;
   is_refused         boolean := false;
   is_held            boolean;
   rule               record;
@@ -90,13 +91,14 @@ begin
       end if;
     end if;
     carried_at := clock_timestamp();
+    written_at := level_sync._as_utc(carried_at);
 
     -- Levels are read from the live rows, never from NEW: another trigger may have written the row once more.
     if tg_op = 'INSERT' then
       with created as (
         insert into public.specialization_progress
                (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
-        select license.user_id, license.specialization_type, license.current_level, 0, 0, 0, carried_at
+        select license.user_id, license.specialization_type, license.current_level, 0, 0, 0, written_at
           from public.user_licenses as license
          where license.user_id = new.user_id
            and license.specialization_type = new.specialization_type
@@ -128,7 +130,7 @@ begin
       with carried as (
         update public.specialization_progress as progress
            set current_level = license.current_level,
-               last_activity = carried_at
+               last_activity = written_at
           from public.user_licenses as license
          where progress.student_id = new.user_id
            and progress.specialization_id = new.specialization_type
@@ -202,7 +204,8 @@ create or replace function level_sync._carry_licenses_to_progress(
 as $$
 declare
   outer_depth  text        := current_setting('level_sync.own_depth', true);
-  carried_at   timestamptz := clock_timestamp();
+  carried_at   constant timestamptz := clock_timestamp();
+  written_at   constant public.specialization_progress.last_activity%type := level_sync._as_utc(carried_at);
   on_delete    text        := (select settings.on_delete from level_sync.settings);
   held_ids     bigint[];
   held_specs   text[];
@@ -246,7 +249,7 @@ begin
     with carried as (
       update public.specialization_progress as progress
          set current_level = held.new_level,
-             last_activity = carried_at
+             last_activity = written_at
         from unnest(held_ids, held_specs, old_levels, new_levels, held_actors, held_reasons)
                as held (user_id, specialization, old_level, new_level, actor, reason)
        where progress.student_id = held.user_id
@@ -265,7 +268,7 @@ begin
     with created as (
       insert into public.specialization_progress
              (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
-      select license.user_id, license.specialization_type, license.current_level, 0, 0, 0, carried_at
+      select license.user_id, license.specialization_type, license.current_level, 0, 0, 0, written_at
         from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
         join public.user_licenses as license
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization

@@ -25,8 +25,9 @@ as $$
                       when 'highest_wins'  then case when license.current_level > progress.current_level
                                                      then 'update_progress' else 'update_license' end
                       when 'latest_wins'   then (
-                        -- Looked up here, for the few pairs that differ: the scan below stays index-only.
-                        select case when issued.last_advanced_at > earned.last_activity
+                        -- Looked up here, for the few pairs that differ: the scan below stays index-only. As seconds,
+                        -- so that a timestamp without time zone counts as UTC.
+                        select case when extract(epoch from issued.last_advanced_at) > extract(epoch from earned.last_activity)
                                     then 'update_progress' else 'update_license' end
                           from public.specialization_progress as earned
                           join public.user_licenses as issued

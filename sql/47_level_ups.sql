@@ -57,6 +57,7 @@ declare
   session_total  integer;
   project_total  integer;
   new_level      integer;
+  written_at     public.specialization_progress.last_activity%type;
 begin
   if xp_gained is null or sessions_completed is null or projects_completed is null then
     raise null_value_not_allowed using
@@ -122,12 +123,13 @@ begin
    where step.is_reached
      and step.has_no_gap;
 
+  written_at := level_sync._as_utc(clock_timestamp());
   update public.specialization_progress as progress
      set total_xp           = xp_total,
          completed_sessions = session_total,
          completed_projects = project_total,
          current_level      = new_level,
-         last_activity      = clock_timestamp()
+         last_activity      = written_at
    where progress.student_id = update_progress.student_id
      and progress.specialization_id = update_progress.specialization_id;
 
@@ -166,6 +168,7 @@ declare
   max_levels      integer;
   progress_before integer;
   refusal         text;
+  written_at      public.user_licenses.last_advanced_at%type;
 begin
   select license.current_level
     into old_level
@@ -203,10 +206,11 @@ begin
 
   perform set_config('level_sync.actor', coalesce(advanced_by, outer_actor), true),
           set_config('level_sync.reason', coalesce(advance_license.reason, outer_reason), true);
+  written_at := level_sync._as_utc(clock_timestamp());
   update public.user_licenses as license
      set current_level      = target_level,
          max_achieved_level = greatest(license.max_achieved_level, target_level),
-         last_advanced_at   = clock_timestamp()
+         last_advanced_at   = written_at
    where license.user_id = advance_license.user_id
      and license.specialization_type = advance_license.specialization;
   perform set_config('level_sync.actor', coalesce(outer_actor, ''), true),

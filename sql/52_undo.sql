@@ -10,7 +10,9 @@ create or replace function level_sync.undo(run_id bigint)
 as $$
 declare
   outer_depth text        := current_setting('level_sync.own_depth', true);
-  undone_at   timestamptz := clock_timestamp();
+  undone_at   constant timestamptz := clock_timestamp();
+  advanced_at constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(undone_at);
+  active_at   constant public.specialization_progress.last_activity%type := level_sync._as_utc(undone_at);
   changes     record;
   undone      bigint;
   total       bigint;
@@ -63,14 +65,14 @@ begin
                     as change (user_id, specialization, direction, action, old_level, new_level)
   ), restored_licenses as (
     update public.user_licenses as license
-       set current_level = change.old_level, last_advanced_at = undone_at
+       set current_level = change.old_level, last_advanced_at = advanced_at
       from change
      where change.direction = 'progress_to_license' and change.action = 'updated'
        and license.user_id = change.user_id and license.specialization_type = change.specialization
     returning change.*
   ), restored_progress as (
     update public.specialization_progress as progress
-       set current_level = change.old_level, last_activity = undone_at
+       set current_level = change.old_level, last_activity = active_at
       from change
      where change.direction = 'license_to_progress' and change.action = 'updated'
        and progress.student_id = change.user_id and progress.specialization_id = change.specialization

@@ -82,7 +82,7 @@ def test_migrate_works_from_the_wheel_alone(server, empty_database, installed, t
     module, sql, applied = output.splitlines()[-3:]
     assert Path(module).is_relative_to(installed)
     assert Path(sql).is_relative_to(installed)
-    migrations = [file for file in (ROOT / "migrations").glob("0*.sql") if ".rollback." not in file.name]
+    migrations = [file for file in (ROOT / "migrations").glob("0*") if ".rollback." not in file.name]
     assert applied == f"{len(migrations)} applied"
     db = empty_database.connect()
     db.execute("insert into users (id) values (1)")

@@ -72,6 +72,7 @@ select wanted.on_table, wanted.name, wanted.family, wanted.is_key,
 -- name: unique_pairs()
 -- Which of the two tables has a unique index on exactly the pair.
 select keyed.on_table,
+       (select pg_class.relkind = 'p' from pg_class where pg_class.oid = to_regclass('public.' || keyed.on_table)) as is_partitioned,
        exists (
          select from pg_index
           where pg_index.indrelid = to_regclass('public.' || keyed.on_table)

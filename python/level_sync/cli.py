@@ -174,13 +174,35 @@ def check(dsn: Dsn = "", as_json: AsJson = False) -> None:
 
 
 @app.command()
-def migrate(dsn: Dsn = "") -> None:
+def migrate(
+    dsn: Dsn = "",
+    quarantine_orphans: Annotated[
+        bool, typer.Option("--quarantine-orphans", help="Move rows without user or specialization aside.")
+    ] = False,
+    merge_duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--merge-duplicates", help="Keep the highest level, then the latest, of a pair; move the others aside."
+        ),
+    ] = False,
+) -> None:
     """Install level_sync, or bring it up to date. Safe to run again, and beside live traffic."""
     with _plain_errors():
-        applied = install.migrate(dsn)
+        applied = install.migrate(dsn, quarantine_orphans=quarantine_orphans, merge_duplicates=merge_duplicates)
         for migration in applied:
             console.print(f"applied {migration}")
         console.print(f"{len(applied)} migration(s) applied; triggers, functions and views are those of this version.")
+
+
+@app.command()
+def restore(dsn: Dsn = "") -> None:
+    """Bring back the rows that migrate moved aside, where nothing forbids it any more."""
+    with _plain_errors():
+        outcome = install.restore(dsn)
+    console.print(f"{outcome['restored']} row(s) restored, {outcome['left_aside']} left aside")
+    if outcome["left_aside"]:
+        error_console.print(_cell(f"The first that could not come back: {outcome['reason']}"))
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -20,12 +20,16 @@ from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import DatabaseURI
 from yoyo.exceptions import LockTimeout
 
-from level_sync.database import queries, read_dsn
+from level_sync.check import inspection
+from level_sync.database import connect, queries, read_dsn
 from level_sync.schedule import unschedule
 
 logger = logging.getLogger(__name__)
 LOCK_TIMEOUT = "100ms"  # how long one try of a step may make writers queue behind it
 LOCK_TRIES = 200
+
+ORPHANS_GO_BEFORE = "0005_restrict_orphans"
+DUPLICATES_GO_BEFORE = "0009_make_pairs_unique"
 
 
 class MigrateError(Exception):
@@ -116,16 +120,76 @@ def _patiently(step: Callable[[], None]) -> None:
             return
 
 
-def migrate(dsn: str) -> list[str]:
+def make_pairs_unique(connection: psycopg.Connection[Any]) -> None:
+    """Builds the unique index on the pair of each table that has none. Raises psycopg.Error where a pair is double."""
+    queries.limit_lock_wait(connection, lock_timeout="0")  # it waits for old transactions, and blocks no writer
+    for on_table, is_partitioned, is_unique in inspection.unique_pairs(connection):
+        if is_unique:
+            continue
+        drop, build, build_at_once = PAIR_INDEXES[on_table]
+        drop(connection)
+        (build_at_once if is_partitioned else build)(connection)
+
+
+def drop_pair_indexes(connection: psycopg.Connection[Any]) -> None:
+    """Drops the indexes that make_pairs_unique built."""
+    for drop, _, _ in PAIR_INDEXES.values():
+        drop(connection)
+
+
+PAIR_INDEXES = {
+    "specialization_progress": (
+        queries.drop_progress_pair_index,
+        queries.build_progress_pair_index,
+        queries.build_progress_pair_index_at_once,
+    ),
+    "user_licenses": (
+        queries.drop_license_pair_index,
+        queries.build_license_pair_index,
+        queries.build_license_pair_index_at_once,
+    ),
+}
+
+
+def _clear_the_way(connection: psycopg.Connection[Any], why: str, *, set_aside: bool) -> int:
+    """Moves orphans or duplicates of both tables aside, or refuses them. Returns how many rows were moved."""
+    with connection.transaction():
+        queries.resolve_nothing_but_pg_catalog(connection)
+        connection.execute((shipped("sql") / "12_quarantine.sql").read_bytes())
+    moved = 0
+    with connection.transaction():
+        for table in PAIR_INDEXES:
+            if set_aside:
+                moved += queries.set_rows_aside(connection, on_table=table, why=why)
+            else:
+                queries.refuse_stray_rows(connection, on_table=table, why=why)
+    return moved
+
+
+def restore(dsn: str) -> dict[str, Any]:
+    """Puts quarantined rows back; returns restored, left_aside and the first reason why one could not come back."""
+    with connect(dsn) as connection:
+        outcome: dict[str, Any] = queries.restore_rows(connection)
+    return outcome
+
+
+def migrate(dsn: str, *, quarantine_orphans: bool = False, merge_duplicates: bool = False) -> list[str]:
     """Brings the database up to date and returns the ids of the migrations that were applied.
 
     Idempotent, and safe to run again after it was killed. Raises MigrateError where another migrate is at work or the
-    tables stay locked, and psycopg.Error where a statement fails.
+    tables stay locked, and psycopg.Error where a statement fails, or where orphans or duplicates stand in the tables
+    and no leave is given to move them aside.
     """
     applied: list[str] = []
+    stray = {ORPHANS_GO_BEFORE: ("orphan", quarantine_orphans), DUPLICATES_GO_BEFORE: ("duplicate", merge_duplicates)}
     with _locked_backend(dsn) as backend:
         migrations = yoyo.read_migrations(str(shipped("migrations")))
         for migration in backend.to_apply(migrations):
+            if migration.id in stray:
+                why, set_aside = stray[migration.id]
+                moved = _clear_the_way(backend.connection, why, set_aside=set_aside)
+                if moved:
+                    applied.append(f"{moved} {why}(s) moved to level_sync.quarantined_rows")
             _patiently(lambda migration=migration: backend.apply_one(migration))  # type: ignore[misc]
             applied.append(migration.id)
         _patiently(lambda: backend.run_post_apply(migrations))

@@ -27,6 +27,38 @@ set local search_path to pg_catalog
 -- How long a step may make writers queue behind it.
 select set_config('lock_timeout', :lock_timeout, false)
 
+-- name: drop_progress_pair_index()!
+drop index concurrently if exists public.specialization_progress_pair
+
+-- name: build_progress_pair_index()!
+create unique index concurrently specialization_progress_pair
+    on public.specialization_progress (student_id, specialization_id) include (current_level)
+
+-- name: build_progress_pair_index_at_once()!
+-- A partitioned table takes no index concurrently.
+create unique index specialization_progress_pair
+    on public.specialization_progress (student_id, specialization_id) include (current_level)
+
+-- name: drop_license_pair_index()!
+drop index concurrently if exists public.user_licenses_pair
+
+-- name: build_license_pair_index()!
+create unique index concurrently user_licenses_pair
+    on public.user_licenses (user_id, specialization_type) include (current_level)
+
+-- name: build_license_pair_index_at_once()!
+create unique index user_licenses_pair
+    on public.user_licenses (user_id, specialization_type) include (current_level)
+
+-- name: refuse_stray_rows(on_table, why)!
+select level_sync._refuse_stray_rows(:on_table, :why)
+
+-- name: set_rows_aside(on_table, why)$
+select level_sync._set_rows_aside(:on_table, :why)
+
+-- name: restore_rows()^
+select restored, left_aside, reason from level_sync._restore_rows()
+
 -- name: has_remove_triggers()$
 select to_regprocedure('level_sync._remove_triggers()') is not null
    and to_regclass('level_sync.installed_triggers') is not null

@@ -1,4 +1,4 @@
--- depends: 0005_validate_foreign_keys
+-- depends: 0006_validate_foreign_keys
 -- Documents both tables; a comment that is already there stays.
 do $$
 declare

@@ -1,4 +1,4 @@
--- depends: 0003_create_level_sync_tables
+-- depends: 0004_add_missing_columns
 -- Four foreign keys with ON DELETE RESTRICT forbid orphans. An older one on the same column is replaced in the
 -- same statement, so there is never a moment without one; its ON UPDATE rule and its deferral stay. Existing rows
 -- are checked by the next migration, which does not block writers.

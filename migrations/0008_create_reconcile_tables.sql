@@ -1,4 +1,4 @@
--- depends: 0006_comment_application_tables
+-- depends: 0007_comment_application_tables
 -- What a reconcile found and means to do, pair by pair; kept for dry runs and for runs that wait for approval.
 create table if not exists level_sync.sync_plan (
   run_id         bigint  not null,

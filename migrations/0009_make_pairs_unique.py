@@ -1,0 +1,10 @@
+"""A unique index on the pair of each table, where there is none; built beside live traffic."""
+
+from yoyo import step
+
+from level_sync.install import drop_pair_indexes, make_pairs_unique
+
+__depends__ = {"0008_create_reconcile_tables"}
+__transactional__ = False
+
+steps = [step(make_pairs_unique, drop_pair_indexes)]
