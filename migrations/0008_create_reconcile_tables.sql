@@ -13,7 +13,7 @@ create table if not exists level_sync.sync_plan (
   constraint issue_type_is_known check (issue_type in ('level_mismatch', 'missing_license', 'missing_progress')),
   constraint action_is_known
     check (action in ('create_license', 'create_progress', 'update_license', 'update_progress', 'report_only')),
-  constraint outcome_is_known check (outcome in ('planned', 'repaired', 'changed', 'held', 'failed'))
+  constraint outcome_is_known check (outcome in ('planned', 'repaired', 'changed', 'held', 'queued', 'failed'))
 );
 
 comment on table level_sync.sync_plan is 'What a reconcile found, pair by pair, with the levels it saw and what it means to do. Kept for dry runs and for runs that wait for approval.';
@@ -24,7 +24,7 @@ comment on column level_sync.sync_plan.issue_type is 'level_mismatch, missing_li
 comment on column level_sync.sync_plan.progress_level is 'Level the run saw in specialization_progress.';
 comment on column level_sync.sync_plan.license_level is 'Level the run saw in user_licenses.';
 comment on column level_sync.sync_plan.action is 'create_license, create_progress, update_license, update_progress or report_only.';
-comment on column level_sync.sync_plan.outcome is 'planned; repaired; changed (levels differ from those seen, left alone); held (somebody was writing the pair); failed (queued with its error).';
+comment on column level_sync.sync_plan.outcome is 'planned; repaired; changed (levels differ from those seen, left alone); held (somebody was writing the pair); queued (left to its entry in sync_queue, which knows the side written last); failed (queued with its error).';
 
 create table if not exists level_sync.installed_functions (
   signature text primary key,

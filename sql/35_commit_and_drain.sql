@@ -477,18 +477,39 @@ $$;
 comment on function level_sync._drain_batch() is
   'Tries one batch of due pairs again, in one transaction. Returns how many pairs it took; 0 when none is due.';
 
--- It commits after each batch, so it can neither be SECURITY DEFINER nor have a SET clause.
+-- A procedure that commits can neither be SECURITY DEFINER nor have a SET clause: what a function would pin there is
+-- set again after each COMMIT. READ COMMITTED, so that a look after a lock sees what was committed before it; other
+-- people's deferred constraints at once, so that they fail inside a batch and not at its COMMIT, where nothing can
+-- catch them.
+create or replace procedure level_sync._begin_batch(is_inside_transaction boolean)
+  language plpgsql
+as $$
+begin
+  if not is_inside_transaction then
+    commit;
+    set transaction isolation level read committed;
+    set constraints all immediate;
+  end if;
+  set local search_path = pg_catalog, pg_temp;
+end
+$$;
+
+comment on procedure level_sync._begin_batch(boolean) is
+  'Ends the batch before and begins the next one in a transaction of its own, or in the caller''s where that has begun one.';
+
 create or replace procedure level_sync.drain_queue()
   language plpgsql
 as $$
 declare
-  is_inside_transaction constant boolean := pg_catalog.transaction_timestamp() <> pg_catalog.statement_timestamp();
+  outer_path            constant text    := pg_catalog.current_setting('search_path');
+  is_inside_transaction constant boolean :=
+    pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
 begin
-  while level_sync._drain_batch() operator(pg_catalog.>) 0 loop
-    if not is_inside_transaction then
-      commit;
-    end if;
+  call level_sync._begin_batch(is_inside_transaction);
+  while level_sync._drain_batch() > 0 loop
+    call level_sync._begin_batch(is_inside_transaction);
   end loop;
+  perform set_config('search_path', outer_path, true);
 end
 $$;
 

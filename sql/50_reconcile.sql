@@ -32,6 +32,42 @@ $$;
 
 comment on function level_sync._is_run_active() is 'Whether a run is at work right now.';
 
+create or replace function level_sync._refuse_senseless_run(
+    dry_run boolean, direction text, plan bigint, approve boolean, started_by text)
+  returns void
+  language plpgsql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if dry_run is null or approve is null or started_by is null then
+    raise null_value_not_allowed using message = 'dry_run, approve and started_by must not be NULL';
+  end if;
+  if started_by not in ('cron', 'manual', 'catch_up') then
+    raise invalid_parameter_value using
+      message = format('unknown started_by %L', started_by), hint = 'Use cron, manual or catch_up.';
+  end if;
+  if direction not in ('progress_to_license', 'license_to_progress') then
+    raise invalid_parameter_value using
+      message = format('unknown direction %L', direction),
+      hint    = 'Use progress_to_license, license_to_progress, or NULL for settings.conflict_policy.';
+  end if;
+  if plan is not null and (dry_run or direction is not null) then
+    raise invalid_parameter_value using
+      message = 'a plan is applied as it was recorded: give it without dry_run and direction';
+  end if;
+  if plan is not null and level_sync._count_planned(plan) = 0 then
+    raise no_data_found using
+      message = format('run %s has no plan that could be applied', plan),
+      hint    = 'Plans are recorded by dry runs and by runs with status needs_approval; level_sync.sync_plan shows them.';
+  end if;
+end
+$$;
+
+comment on function level_sync._refuse_senseless_run(boolean, text, bigint, boolean, text) is
+  'Raises null_value_not_allowed, invalid_parameter_value or no_data_found for arguments of reconcile that make no sense.';
+
 create or replace function level_sync._start_run(dry_run boolean, direction text, started_by text)
   returns bigint
   language plpgsql
@@ -104,7 +140,9 @@ $$;
 comment on function level_sync._plan_range(bigint, text, bigint, integer) is
   'Writes the desyncs of a range of users into sync_plan and returns the first user of the next range, NULL at the end.';
 
--- Repairs one batch of a plan: only pairs nobody holds, and only those that still are as the plan saw them.
+-- Repairs one batch of a plan: only pairs nobody holds, and only those that still are as the plan saw them. A pair that
+-- waits in the queue is left to the drain, or to a person if it is dead, because its entry knows which side was written
+-- last; unless the run was told its direction by a person.
 create or replace function level_sync._repair_batch(run_id bigint, plan_id bigint, first_user bigint, batch_size integer)
   returns bigint
   language plpgsql
@@ -119,7 +157,10 @@ declare
   due      record;
   failures record;
 begin
-  select settings.max_attempts, settings.retry_backoff into rule from level_sync.settings;
+  select settings.max_attempts, settings.retry_backoff,
+         (select sync_log.direction is null from level_sync.sync_log where sync_log.run_id = plan_id) as heeds_queue
+    into rule
+    from level_sync.settings;
 
   select array_agg(batch.user_id) as user_ids, array_agg(batch.specialization) as specializations,
          array_agg(batch.progress_level) as progress_levels, array_agg(batch.license_level) as license_levels,
@@ -140,27 +181,21 @@ begin
     return null;
   end if;
 
-  select array_agg(pair.user_id) filter (where pair.is_free and pair.is_same) as user_ids,
-         array_agg(pair.specialization) filter (where pair.is_free and pair.is_same) as specializations,
-         array_agg(pair.side) filter (where pair.is_free and pair.is_same) as sides,
-         array_agg('level_changed'::text) filter (where pair.is_free and pair.is_same) as changes,
-         array_agg(pair.user_id) filter (where not pair.is_free) as held_ids,
-         array_agg(pair.specialization) filter (where not pair.is_free) as held_specializations,
-         array_agg(pair.user_id) filter (where pair.is_free and not pair.is_same) as changed_ids,
-         array_agg(pair.specialization) filter (where pair.is_free and not pair.is_same) as changed_specializations
+  select array_agg(pair.user_id) filter (where pair.outcome is null) as user_ids,
+         array_agg(pair.specialization) filter (where pair.outcome is null) as specializations,
+         array_agg(pair.side) filter (where pair.outcome is null) as sides,
+         array_agg('level_changed'::text) filter (where pair.outcome is null) as changes,
+         array_agg(pair.user_id) filter (where pair.outcome is not null) as left_ids,
+         array_agg(pair.specialization) filter (where pair.outcome is not null) as left_specializations,
+         array_agg(pair.outcome) filter (where pair.outcome is not null) as left_outcomes
     into due
     from level_sync._confirm_pairs(planned.user_ids, planned.specializations, planned.sides,
-                                   planned.progress_levels, planned.license_levels) as pair;
+                                   planned.progress_levels, planned.license_levels, rule.heeds_queue) as pair;
 
   update level_sync.sync_plan as plan
      set outcome = left_alone.outcome
-    from (
-      select held.user_id, held.specialization, 'held' as outcome
-        from unnest(due.held_ids, due.held_specializations) as held (user_id, specialization)
-       union all
-      select changed.user_id, changed.specialization, 'changed'
-        from unnest(due.changed_ids, due.changed_specializations) as changed (user_id, specialization)
-    ) as left_alone
+    from unnest(due.left_ids, due.left_specializations, due.left_outcomes)
+           as left_alone (user_id, specialization, outcome)
    where plan.run_id = plan_id
      and plan.user_id = left_alone.user_id
      and plan.specialization = left_alone.specialization;
@@ -218,8 +253,9 @@ comment on function level_sync._repair_batch(bigint, bigint, bigint, integer) is
   'Repairs the next pairs of a plan, from first_user on, in one transaction. Returns the last user it looked at, NULL when nothing is left.';
 
 create or replace function level_sync._confirm_pairs(
-    user_ids bigint[], specializations text[], sides text[], progress_levels integer[], license_levels integer[])
-  returns table (user_id bigint, specialization text, side text, is_free boolean, is_same boolean)
+    user_ids bigint[], specializations text[], sides text[], progress_levels integer[], license_levels integer[],
+    heeds_queue boolean)
+  returns table (user_id bigint, specialization text, side text, outcome text)
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
@@ -233,9 +269,14 @@ begin
 
   -- A new statement sees what was committed before the locks were granted.
   return query
-    select pair.user_id, pair.specialization, pair.side, free.pair_number is not null,
-           progress.current_level is not distinct from pair.progress_level
-             and license.current_level is not distinct from pair.license_level
+    select pair.user_id, pair.specialization, pair.side,
+           case when free.pair_number is null then 'held'
+                when heeds_queue and exists (
+                  select from level_sync.sync_queue as queued
+                   where queued.user_id = pair.user_id and queued.specialization = pair.specialization) then 'queued'
+                when progress.current_level is distinct from pair.progress_level
+                  or license.current_level is distinct from pair.license_level then 'changed'
+           end
       from unnest(user_ids, specializations, sides, progress_levels, license_levels) with ordinality
              as pair (user_id, specialization, side, progress_level, license_level, pair_number)
       left join unnest(free_numbers) as free (pair_number) on free.pair_number = pair.pair_number
@@ -246,8 +287,8 @@ begin
 end
 $$;
 
-comment on function level_sync._confirm_pairs(bigint[], text[], text[], integer[], integer[]) is
-  'Locks the pairs nobody holds and tells which still have the levels given.';
+comment on function level_sync._confirm_pairs(bigint[], text[], text[], integer[], integer[], boolean) is
+  'Locks the pairs nobody holds. outcome: held, queued, changed (no longer has the levels given), or NULL where it may be repaired.';
 
 create or replace function level_sync._finish_run(run_id bigint, plan_id bigint, status text, error text)
   returns void
@@ -299,6 +340,8 @@ begin
     delete from level_sync.sync_plan as plan where plan.run_id = plan_id;
   end if;
 
+  -- A payload may have 8,000 bytes.
+  finished.error := left(finished.error, 1000);
   perform pg_notify('level_sync', (to_jsonb(finished) #- '{results,sample}')::text);
 end
 $$;
@@ -343,7 +386,11 @@ create or replace function level_sync._count_planned(plan_id bigint)
   security definer
   set search_path = pg_catalog, pg_temp
 as $$
-  select count(*) from level_sync.sync_plan as plan where plan.run_id = plan_id and plan.outcome = 'planned'
+  select count(*)
+    from level_sync.sync_plan as plan
+   where plan.run_id = plan_id
+     and plan.outcome = 'planned'
+     and plan.action <> 'report_only'
 $$;
 
 comment on function level_sync._count_planned(bigint) is 'How many pairs of a plan are still to be repaired.';
@@ -359,122 +406,105 @@ $$;
 
 comment on function level_sync._run_settings() is 'The settings a run needs, for roles that may run it but not read the table.';
 
--- It commits, so it can neither be SECURITY DEFINER nor have a SET clause; COMMIT stands outside every block with
--- EXCEPTION, and what such a block caught is looked at after it.
 create or replace procedure level_sync.reconcile(
     dry_run boolean default false, direction text default null, plan bigint default null,
     approve boolean default false, started_by text default 'manual')
   language plpgsql
 as $$
 declare
-  lock_key   constant bigint  := level_sync._run_lock();
-  is_inside_transaction constant boolean := pg_catalog.transaction_timestamp() <> pg_catalog.statement_timestamp();
+  outer_path            constant text    := pg_catalog.current_setting('search_path');
+  is_inside_transaction constant boolean :=
+    pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
   rule       record;
   run_id     bigint;
   plan_id    bigint;
-  next_user  bigint  := '-9223372036854775808';
-  last_user  bigint;
+  phase      text;
+  next_user  bigint;
   tries      integer := 0;
-  is_done    boolean := false;
   status     text;
   error      text;
   error_code text;
 begin
-  if direction is not null and direction not in ('progress_to_license', 'license_to_progress') then
-    raise invalid_parameter_value using
-      message = pg_catalog.format('unknown direction %L', direction),
-      hint    = 'Use progress_to_license, license_to_progress, or NULL for settings.conflict_policy.';
-  end if;
-  if plan is not null and (dry_run or direction is not null) then
-    raise invalid_parameter_value using
-      message = 'a plan is applied as it was recorded: give it without dry_run and direction';
-  end if;
-  if plan is not null and level_sync._count_planned(plan) = 0 then
-    raise no_data_found using
-      message = pg_catalog.format('run %s has no plan that could be applied', plan),
-      hint    = 'Plans are recorded by dry runs and by runs with status needs_approval.';
-  end if;
-
-  if not pg_catalog.pg_try_advisory_lock(lock_key) then
-    perform level_sync._log_skipped_run(dry_run, direction, started_by);
+  call level_sync._begin_batch(is_inside_transaction);
+  perform level_sync._refuse_senseless_run(dry_run, direction, plan, approve, started_by);
+  if not (case when is_inside_transaction then pg_try_advisory_xact_lock(level_sync._run_lock())
+               else pg_try_advisory_lock(level_sync._run_lock()) end)
+  then
+    perform level_sync._log_skipped_run(dry_run, direction, started_by),
+            set_config('search_path', outer_path, true);
     return;
   end if;
 
-  select * into rule from level_sync._run_settings();
-  run_id  := level_sync._start_run(dry_run, direction, started_by);
-  plan_id := coalesce(plan, run_id);
-  if not is_inside_transaction then
-    commit;
-  end if;
+  begin
+    select * into rule from level_sync._run_settings();
+    run_id  := level_sync._start_run(dry_run, direction, started_by);
+    plan_id := coalesce(plan, run_id);
+    phase   := case when plan is not null then 'deciding' when dry_run then 'looking' else 'draining' end;
+  exception when query_canceled or others then
+    error := sqlerrm; error_code := sqlstate;
+  end;
+  call level_sync._begin_batch(is_inside_transaction);
 
-  -- 1. Queued pairs know which side was written last.
-  if plan is null and not dry_run then
-    while not is_done and error is null loop
-      begin
-        is_done := level_sync._drain_batch() = 0;
-      exception when query_canceled or others then
-        error := sqlerrm; error_code := sqlstate;
-      end;
-      if not is_inside_transaction then
-        commit;
-      end if;
-    end loop;
-  end if;
-
-  -- 2. What differs.
-  while plan is null and next_user is not null and error is null loop
+  -- Each turn is a transaction. COMMIT stands outside the block that catches errors, because inside it is not allowed.
+  while phase is not null and error is null loop
     begin
-      next_user := level_sync._plan_range(run_id, direction, next_user, rule.batch_size * 10);
-    exception when query_canceled or others then
-      error := sqlerrm; error_code := sqlstate;
-    end;
-    if not is_inside_transaction then
-      commit;
-    end if;
-    perform level_sync._tell_progress('looking', next_user, plan_id);
-  end loop;
-
-  -- 3. More than anybody expects is not repaired unasked.
-  if error is null and not dry_run and not approve and level_sync._count_planned(plan_id) > rule.repair_limit then
-    status := 'needs_approval';
-  end if;
-
-  -- 4. The repair. A transient error gets two more tries.
-  is_done := dry_run or status is not null;
-  next_user := '-9223372036854775808';
-  while not is_done and error is null loop
-    begin
-      last_user := level_sync._repair_batch(run_id, plan_id, next_user, rule.batch_size);
-      is_done := last_user is null;
-      next_user := last_user;
+      case phase
+        when 'draining' then  -- Queued pairs know which side was written last.
+          if level_sync._drain_batch() = 0 then
+            phase := 'looking';
+          end if;
+        when 'looking' then
+          next_user := level_sync._plan_range(run_id, direction, coalesce(next_user, -9223372036854775808), rule.batch_size * 10);
+          if next_user is null then
+            phase := case when not dry_run then 'deciding' end;
+          end if;
+        when 'deciding' then  -- More than anybody expects is not repaired unasked.
+          if not approve and level_sync._count_planned(plan_id) > rule.repair_limit then
+            status := 'needs_approval';
+            phase  := null;
+          else
+            phase := 'repairing';
+          end if;
+        when 'repairing' then
+          next_user := level_sync._repair_batch(run_id, plan_id, coalesce(next_user, -9223372036854775808), rule.batch_size);
+          if next_user is null then
+            phase := null;
+          end if;
+      end case;
       tries := 0;
     exception
       when serialization_failure or deadlock_detected or lock_not_available then
         tries := tries + 1;
-        if tries >= 3 then
+        if tries = 3 then
           error := sqlerrm; error_code := sqlstate;
         end if;
       when query_canceled or others then
         error := sqlerrm; error_code := sqlstate;
     end;
-    if not is_inside_transaction then
-      commit;
-    end if;
+    call level_sync._begin_batch(is_inside_transaction);
     if tries > 0 and error is null then
-      perform pg_catalog.pg_sleep(0.1 * tries);
+      perform pg_sleep(0.1 * tries);
     end if;
-    perform level_sync._tell_progress('repairing', last_user, plan_id);
+    perform level_sync._tell_progress(phase, next_user, plan_id);
   end loop;
 
-  perform level_sync._finish_run(run_id, plan_id,
-    case when error_code = '57014' then 'aborted' when error is not null then 'failed' else status end,
-    error || ' (SQLSTATE ' || error_code || ')');
-  perform pg_catalog.pg_advisory_unlock(lock_key);
-  if not is_inside_transaction then
-    commit;
+  -- What was repaired stands. The row of the run says how it ended; should even that fail, the next run marks it.
+  if run_id is not null then
+    begin
+      perform level_sync._finish_run(run_id, plan_id,
+        case when error_code = '57014' then 'aborted' when error is not null then 'failed' else status end,
+        error || ' (SQLSTATE ' || error_code || ')');
+    exception when query_canceled or others then
+      error := sqlerrm; error_code := sqlstate; run_id := null;
+    end;
   end if;
-  if error_code = '57014' then
-    raise query_canceled using message = error;
+  if not is_inside_transaction then
+    perform pg_advisory_unlock(level_sync._run_lock());
+  end if;
+  call level_sync._begin_batch(is_inside_transaction);
+  perform set_config('search_path', outer_path, true);
+  if error_code = '57014' or error is not null and run_id is null then
+    raise exception using errcode = error_code, message = error;
   end if;
 end
 $$;

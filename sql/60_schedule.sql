@@ -75,13 +75,15 @@ create or replace procedure level_sync.purge()
   language plpgsql
 as $$
 declare
-  is_inside_transaction constant boolean := pg_catalog.transaction_timestamp() <> pg_catalog.statement_timestamp();
+  outer_path            constant text    := pg_catalog.current_setting('search_path');
+  is_inside_transaction constant boolean :=
+    pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
 begin
-  while level_sync._purge_batch() operator(pg_catalog.>) 0 loop
-    if not is_inside_transaction then
-      commit;
-    end if;
+  call level_sync._begin_batch(is_inside_transaction);
+  while level_sync._purge_batch() > 0 loop
+    call level_sync._begin_batch(is_inside_transaction);
   end loop;
+  perform set_config('search_path', outer_path, true);
 end
 $$;
 
@@ -194,27 +196,26 @@ $$;
 comment on function level_sync._is_run_missed(timestamptz) is
   'Whether the schedule''s last slot, misfire_grace ago or earlier, has seen no run that went through.';
 
--- It commits, so it can neither be SECURITY DEFINER nor have a SET clause.
 create or replace procedure level_sync.maintain()
   language plpgsql
 as $$
 declare
-  is_inside_transaction constant boolean := pg_catalog.transaction_timestamp() <> pg_catalog.statement_timestamp();
+  outer_path            constant text    := pg_catalog.current_setting('search_path');
+  is_inside_transaction constant boolean :=
+    pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
 begin
   -- The reconcile comes first: it drains too, and only the first CALL can tell that it may commit.
   if level_sync._is_run_missed(pg_catalog.clock_timestamp()) then
     call level_sync.reconcile(started_by => 'catch_up');
   end if;
-  while level_sync._drain_batch() operator(pg_catalog.>) 0 loop
-    if not is_inside_transaction then
-      commit;
-    end if;
+  call level_sync._begin_batch(is_inside_transaction);
+  while level_sync._drain_batch() > 0 loop
+    call level_sync._begin_batch(is_inside_transaction);
   end loop;
-  while level_sync._purge_batch() operator(pg_catalog.>) 0 loop
-    if not is_inside_transaction then
-      commit;
-    end if;
+  while level_sync._purge_batch() > 0 loop
+    call level_sync._begin_batch(is_inside_transaction);
   end loop;
+  perform set_config('search_path', outer_path, true);
 end
 $$;
 
