@@ -7,6 +7,7 @@ create table if not exists level_sync.settings (
   on_delete       text     not null default 'restrict',
   lock_wait       interval not null default '5 milliseconds',
   inline_limit    integer  not null default 32,
+  trigger_search_path text not null default 'public',
   batch_size      integer  not null default 5000,
   repair_limit    integer  not null default 10000,
   max_attempts    integer  not null default 3,
@@ -23,6 +24,8 @@ create table if not exists level_sync.settings (
   constraint lock_wait_is_between_0_and_500_milliseconds
     check (lock_wait between interval '0' and interval '500 milliseconds'),
   constraint inline_limit_is_between_0_and_40 check (inline_limit between 0 and 40),
+  constraint trigger_search_path_is_a_list_of_schemas
+    check (trigger_search_path ~ '^\s*("[^"]+"|[a-z_][a-z0-9_$]*)(\s*,\s*("[^"]+"|[a-z_][a-z0-9_$]*))*\s*$'),
   constraint batch_size_is_between_1_and_100000 check (batch_size between 1 and 100000),
   constraint repair_limit_is_not_negative check (repair_limit >= 0),
   constraint max_attempts_is_between_1_and_100 check (max_attempts between 1 and 100),
@@ -43,6 +46,7 @@ comment on column level_sync.settings.on_error is 'What a failed sync does to th
 comment on column level_sync.settings.on_delete is 'What happens at commit when one side of a pair was deleted and the other still stands: restrict (the commit is refused), propagate (the other side is deleted), recreate (the deleted side comes back).';
 comment on column level_sync.settings.lock_wait is 'How long a write waits for the other side''s row when somebody else holds it, 0 to 500 ms. 0 never waits for a row. After that the pair is queued.';
 comment on column level_sync.settings.inline_limit is 'How many subtransactions a transaction spends on carrying pairs one by one, 0 to 40. Later pairs are carried in one set at commit.';
+comment on column level_sync.settings.trigger_search_path is 'Schemas in which the application''s own triggers find their tables when level_sync writes the other side; pg_catalog comes before and pg_temp after them. Nobody untrusted should be able to create objects there.';
 comment on column level_sync.settings.batch_size is 'Pairs per transaction in drain_queue and reconcile.';
 comment on column level_sync.settings.repair_limit is 'A reconcile that finds more issues than this repairs nothing and asks for approval.';
 comment on column level_sync.settings.max_attempts is 'Failed attempts after which a queued pair is dead and waits for a person.';

@@ -1,6 +1,19 @@
 -- Orphans and duplicates of the time before level_sync are moved aside whole, never deleted, and can come back.
 -- Migrate loads this file before all others, because it needs it before the tables are fit for the rest.
 
+-- Set within a statement of ours, when its own names are resolved and before the application's triggers run.
+create or replace function level_sync._trigger_path()
+  returns text
+  language sql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select settings.trigger_search_path || ', pg_temp' from level_sync.settings
+$$;
+
+comment on function level_sync._trigger_path() is
+  'The search_path with which the application''s own triggers run when level_sync writes their table.';
+
 create or replace function level_sync._stray_rows(on_table text, why text)
   returns table (relation oid, place tid, user_id bigint, specialization text)
   language sql
@@ -116,7 +129,8 @@ begin
      ), moved as (
        delete from %1$s as parent
         using stray
-        where parent.tableoid = stray.relation and parent.ctid = stray.place
+        where (select pg_catalog.set_config(''search_path'', level_sync._trigger_path(), true)) is not null
+          and parent.tableoid = stray.relation and parent.ctid = stray.place
        returning stray.user_id, stray.specialization, parent::%1$s::text as whole_row
      )
      insert into level_sync.quarantined_rows (on_table, why, user_id, specialization, whole_row)
@@ -124,6 +138,7 @@ begin
        from moved', parent)
     using on_table, why;
   get diagnostics moved = row_count;
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   return moved;
 end
 $$;
@@ -152,9 +167,11 @@ begin
      where part.attrelid = format('public.%I', aside.on_table)::regclass
        and part.attnum > 0 and not part.attisdropped and part.attgenerated = '';
     begin
-      execute format('insert into public.%1$I (%2$s) overriding system value select %2$s from (select ($1::public.%1$I).*) as aside',
+      execute format('insert into public.%1$I (%2$s) overriding system value select %2$s from (select ($1::public.%1$I).*) as aside
+                      where (select pg_catalog.set_config(''search_path'', level_sync._trigger_path(), true)) is not null',
                      aside.on_table, columns)
         using aside.whole_row;
+      perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
       delete from level_sync.quarantined_rows where quarantined_rows.quarantine_id = aside.quarantine_id;
       restored := restored + 1;
     exception when others then

@@ -92,16 +92,24 @@ create or replace function level_sync._defer_pair(user_id bigint, specialization
   set lock_timeout = '100ms'
 as $$
 declare
-  is_armed boolean := coalesce(current_setting('level_sync.pending', true) = 'on', false);
+  pending  constant text    := coalesce(current_setting('level_sync.pending', true), '');
+  is_spent constant boolean := length(current_setting('level_sync.subtransactions', true)) > 56;
 begin
+  if pending = 'lost' then
+    return;
+  elsif pending = 'on' or is_spent then
+    -- No subtransaction for each pair of many. Where none is left to arm the commit, the pair stays for the drain.
+    insert into level_sync.pending_pairs (user_id, specialization, side, change)
+    values (_defer_pair.user_id, _defer_pair.specialization, _defer_pair.side, _defer_pair.change);
+    return;
+  end if;
+
   perform level_sync._count_subtransaction();
   begin
-    if not is_armed then
-      -- After SET CONSTRAINTS ALL IMMEDIATE each further pair would be carried as a set of one.
-      set constraints level_sync.pending_pairs_committed deferred;
-    end if;
+    -- After SET CONSTRAINTS ALL IMMEDIATE each further pair would be carried as a set of one.
+    set constraints level_sync.pending_pairs_committed deferred;
     insert into level_sync.pending_pairs (user_id, specialization, side, change, arms_commit)
-    values (_defer_pair.user_id, _defer_pair.specialization, _defer_pair.side, _defer_pair.change, not is_armed);
+    values (_defer_pair.user_id, _defer_pair.specialization, _defer_pair.side, _defer_pair.change, true);
     perform set_config('level_sync.pending', 'on', true);
   exception when others then
     if sqlstate = '40001' then

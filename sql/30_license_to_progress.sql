@@ -48,6 +48,7 @@ begin
            settings.lock_wait = interval '0' as never_waits,
            length(current_setting('level_sync.subtransactions')) > settings.inline_limit as is_bulk,
            greatest(1, extract(epoch from settings.lock_wait) * 1000)::integer::text as lock_timeout,
+           settings.trigger_search_path || ', pg_temp' as trigger_path,
            specialization.max_levels
       into rule
       from level_sync.settings
@@ -93,14 +94,16 @@ begin
     carried_at := clock_timestamp();
     written_at := level_sync._as_utc(carried_at);
 
-    -- Levels are read from the live rows, never from NEW: another trigger may have written the row once more.
+    -- Levels are read from the live rows, never from NEW: another trigger may have written the row once more. The
+    -- search_path is set within the statement, when ours is resolved and before the application's own triggers run.
     if tg_op = 'INSERT' then
       with created as (
         insert into public.specialization_progress
                (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
         select license.user_id, license.specialization_type, license.current_level, 0, 0, 0, written_at
           from public.user_licenses as license
-         where license.user_id = new.user_id
+         where (select set_config('search_path', rule.trigger_path, true)) is not null
+           and license.user_id = new.user_id
            and license.specialization_type = new.specialization_type
         on conflict do nothing
         returning specialization_progress.current_level
@@ -111,6 +114,7 @@ begin
              created.current_level, 'trigger'
         from created
       returning event.new_level into new_level;
+      perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
       if new_level is null then
         perform level_sync._carry_pair(new.user_id, new.specialization_type, 'license', change, 'trigger');
@@ -132,7 +136,8 @@ begin
            set current_level = license.current_level,
                last_activity = written_at
           from public.user_licenses as license
-         where progress.student_id = new.user_id
+         where (select set_config('search_path', rule.trigger_path, true)) is not null
+           and progress.student_id = new.user_id
            and progress.specialization_id = new.specialization_type
            and license.user_id = new.user_id
            and license.specialization_type = new.specialization_type
@@ -146,6 +151,7 @@ begin
         from carried
        where carried.current_level is distinct from old_level
       returning event.new_level into new_level;
+      perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     end if;
 
     -- Somebody else's trigger may have written another level, or none.
@@ -206,7 +212,7 @@ declare
   outer_depth  text        := current_setting('level_sync.own_depth', true);
   carried_at   constant timestamptz := clock_timestamp();
   written_at   constant public.specialization_progress.last_activity%type := level_sync._as_utc(carried_at);
-  on_delete    text        := (select settings.on_delete from level_sync.settings);
+  rule         record;
   held_ids     bigint[];
   held_specs   text[];
   held_actors  text[];
@@ -217,6 +223,9 @@ begin
   if not ('license' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
   end if;
+  select settings.on_delete, settings.trigger_search_path || ', pg_temp' as trigger_path
+    into rule
+    from level_sync.settings;
   perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
   if actors is null then
     actors  := array_fill(level_sync._session_actor(), array[cardinality(user_ids)]);
@@ -252,7 +261,8 @@ begin
              last_activity = written_at
         from unnest(held_ids, held_specs, old_levels, new_levels, held_actors, held_reasons)
                as held (user_id, specialization, old_level, new_level, actor, reason)
-       where progress.student_id = held.user_id
+       where (select set_config('search_path', rule.trigger_path, true)) is not null
+         and progress.student_id = held.user_id
          and progress.specialization_id = held.specialization
       returning progress.student_id, progress.specialization_id, held.old_level, progress.current_level, held.actor, held.reason
     )
@@ -262,6 +272,7 @@ begin
            carried.old_level, carried.current_level, source, run_id, carried.actor, carried.reason
       from carried
      where carried.current_level is distinct from carried.old_level;
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   end if;
 
   if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > coalesce(cardinality(held_ids), 0) then
@@ -275,9 +286,10 @@ begin
         join public.specializations as specialization
           on specialization.id = pair.specialization
          and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
-       where (pair.change = 'created'
+       where (select set_config('search_path', rule.trigger_path, true)) is not null
+         and (pair.change = 'created'
               or pair.side = 'license' and pair.change = 'level_changed'
-              or pair.side = 'progress' and pair.change = 'deleted' and on_delete <> 'propagate')
+              or pair.side = 'progress' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
          and not exists (
            select from public.specialization_progress as progress
             where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization)
@@ -291,9 +303,10 @@ begin
       from created
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = created.student_id and pair.specialization = created.specialization_id;
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   end if;
 
-  if on_delete = 'propagate' and 'deleted' = any (changes) then
+  if rule.on_delete = 'propagate' and 'deleted' = any (changes) then
     with doomed as (
       select progress.student_id, progress.specialization_id
         from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
@@ -307,7 +320,8 @@ begin
     ), deleted as (
       delete from public.specialization_progress as progress
        using doomed
-       where progress.student_id = doomed.student_id and progress.specialization_id = doomed.specialization_id
+       where (select set_config('search_path', rule.trigger_path, true)) is not null
+         and progress.student_id = doomed.student_id and progress.specialization_id = doomed.specialization_id
       returning progress.student_id, progress.specialization_id, progress.current_level
     )
     insert into level_sync.sync_events
@@ -317,6 +331,7 @@ begin
       from deleted
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = deleted.student_id and pair.specialization = deleted.specialization_id;
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);

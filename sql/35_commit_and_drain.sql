@@ -182,7 +182,9 @@ declare
   on_error           text := 'queue';
   lock_timeout       text;
   pairs              record;
-  failures           record;
+  failed_numbers     bigint[];
+  failed_sqlstates   text[];
+  failed_messages    text[];
   unfinished         record;
   is_taken           boolean := false;
 begin
@@ -223,7 +225,7 @@ begin
       perform level_sync._carry_pairs(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger',
                                       null, pairs.actors, pairs.reasons);
     else
-      select * into failures
+      select * into failed_numbers, failed_sqlstates, failed_messages
         from level_sync._carry_pairs_that_can(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
                                               'trigger', null, 62, pairs.actors, pairs.reasons);
     end if;
@@ -238,9 +240,14 @@ begin
       join unnest(pairs.sides, pairs.changes, pairs.actors, pairs.reasons) with ordinality
              as pair (side, change, actor, reason, pair_number)
         on pair.pair_number = unequal.pair_number
-      left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
+      left join unnest(failed_numbers, failed_sqlstates, failed_messages)
                   as failed (pair_number, state, message)
-        on failed.pair_number = unequal.pair_number;
+        on failed.pair_number = unequal.pair_number
+     -- Written again by a trigger while it was carried: the set of that write comes after this one.
+     where (unequal.user_id, unequal.specialization) not in (
+             select again.user_id, again.specialization
+               from level_sync.pending_pairs as again
+              where again.transaction_id = new.transaction_id);
     if unfinished.user_ids is not null then
       if on_error = 'raise' then
         perform level_sync._refuse_difference(unfinished.user_ids[1], unfinished.specializations[1]);

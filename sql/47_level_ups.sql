@@ -86,8 +86,10 @@ begin
 
   insert into public.specialization_progress
          (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects)
-  values (update_progress.student_id, update_progress.specialization_id, 1, 0, 0, 0)
+  select update_progress.student_id, update_progress.specialization_id, 1, 0, 0, 0
+   where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
   on conflict do nothing;
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
   select progress.current_level, progress.total_xp, progress.completed_sessions, progress.completed_projects
     into before
@@ -130,8 +132,10 @@ begin
          completed_projects = project_total,
          current_level      = new_level,
          last_activity      = written_at
-   where progress.student_id = update_progress.student_id
+   where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
+     and progress.student_id = update_progress.student_id
      and progress.specialization_id = update_progress.specialization_id;
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
   return jsonb_build_object(
     'success', true,
@@ -211,8 +215,10 @@ begin
      set current_level      = target_level,
          max_achieved_level = greatest(license.max_achieved_level, target_level),
          last_advanced_at   = written_at
-   where license.user_id = advance_license.user_id
+   where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
+     and license.user_id = advance_license.user_id
      and license.specialization_type = advance_license.specialization;
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   perform set_config('level_sync.actor', coalesce(outer_actor, ''), true),
           set_config('level_sync.reason', coalesce(outer_reason, ''), true);
 

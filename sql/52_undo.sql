@@ -63,6 +63,7 @@ begin
     select * from unnest(changes.user_ids, changes.specializations, changes.directions, changes.actions,
                          changes.old_levels, changes.new_levels)
                     as change (user_id, specialization, direction, action, old_level, new_level)
+     where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
   ), restored_licenses as (
     update public.user_licenses as license
        set current_level = change.old_level, last_advanced_at = advanced_at
@@ -102,6 +103,7 @@ begin
        union all select * from removed_progress
     ) as reversed;
   get diagnostics undone = row_count;
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   perform set_config('level_sync.own_depth', outer_depth, true);
 
   return jsonb_build_object(

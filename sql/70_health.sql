@@ -358,7 +358,9 @@ begin
     end if;
 
     update public.specialization_progress as progress set current_level = pair.other_level
-     where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization;
+     where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
+       and progress.student_id = pair.user_id and progress.specialization_id = pair.specialization;
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     set constraints level_sync.pending_pairs_committed immediate;
     select license.current_level into reached from public.user_licenses as license
      where license.user_id = pair.user_id and license.specialization_type = pair.specialization;
@@ -367,7 +369,9 @@ begin
     end if;
 
     update public.user_licenses as license set current_level = pair.level
-     where license.user_id = pair.user_id and license.specialization_type = pair.specialization;
+     where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
+       and license.user_id = pair.user_id and license.specialization_type = pair.specialization;
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     set constraints level_sync.pending_pairs_committed immediate;
     select progress.current_level into reached from public.specialization_progress as progress
      where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import psycopg
+import pytest
 
 Connection = psycopg.Connection[Any]
 
@@ -13,6 +14,8 @@ LICENSE = "user_licenses"
 KEY = {PROGRESS: ("student_id", "specialization_id"), LICENSE: ("user_id", "specialization_type")}
 OTHER = {PROGRESS: LICENSE, LICENSE: PROGRESS}
 SIDE = {PROGRESS: "progress", LICENSE: "license"}
+
+BOTH = pytest.mark.parametrize("table", [PROGRESS, LICENSE])
 
 
 def add_pair(db: Connection, user: int, specialization: str = "PLAYER", level: int = 3) -> None:
@@ -83,3 +86,21 @@ def configure(db: Connection, **settings: Any) -> None:
     """configure(db, on_delete='propagate') changes settings."""
     for name, value in settings.items():
         db.execute(f"update level_sync.settings set {name} = %s", [value])
+
+
+def user_trigger(
+    db: Connection, event: str, body: str, *, condition: str = "", name: str = "of_the_application"
+) -> None:
+    """A trigger as an application's own: user_trigger(db, 'before update on t', 'new.x := 1')."""
+    db.execute(f"""
+        create function public.{name}() returns trigger language plpgsql as $$
+        begin
+          {body};
+          return new;
+        end $$;
+        create trigger {name} {event} for each row {condition} execute function public.{name}();
+    """)
+
+
+def drop_user_trigger(db: Connection, name: str = "of_the_application") -> None:
+    db.execute(f"drop function public.{name}() cascade")

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from academy import (
+    BOTH,
     KEY,
     LICENSE,
     OTHER,
@@ -28,7 +29,6 @@ from academy import (
 UPDATE = "select level_sync.update_progress(%s, %s, %s, %s, %s)"
 ADVANCE = "select level_sync.advance_license(%s, %s, %s, %s, %s)"
 ACROSS = {PROGRESS: "progress_to_license", LICENSE: "license_to_progress"}
-BOTH = pytest.mark.parametrize("table", [PROGRESS, LICENSE])
 HOSTILE = ["'; drop table users; --", "PLAYER\n", "%s %I", "\u202eREYALP", "名", "x" * 100_000, ""]
 
 

@@ -13,6 +13,7 @@ import pytest
 from psycopg import IsolationLevel, errors
 
 from academy import (
+    BOTH,
     KEY,
     LICENSE,
     OTHER,
@@ -29,7 +30,6 @@ from academy import (
     set_level,
 )
 
-BOTH = pytest.mark.parametrize("table", [PROGRESS, LICENSE])
 ISOLATED = pytest.mark.parametrize("isolation", [IsolationLevel.REPEATABLE_READ, IsolationLevel.SERIALIZABLE])
 WHEN_CARRIED = pytest.mark.parametrize("inline_limit", [32, 0], ids=["at_once", "at_commit"])
 PATIENCE = 20  # seconds until a hanging session is given up

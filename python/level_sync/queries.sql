@@ -92,7 +92,7 @@ select issue_type, specialization, count(*) as pairs
  order by issue_type, specialization
 
 -- name: settings()^
-select conflict_policy, on_error, on_delete, lock_wait, inline_limit, batch_size, repair_limit, max_attempts,
+select conflict_policy, on_error, on_delete, lock_wait, inline_limit, trigger_search_path, batch_size, repair_limit, max_attempts,
        retry_backoff, schedule, misfire_grace, log_retention, event_retention
   from level_sync.settings
 
