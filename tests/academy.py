@@ -24,6 +24,16 @@ def add_pair(db: Connection, user: int, specialization: str = "PLAYER", level: i
     insert(db, PROGRESS, user, level, specialization)
 
 
+def add_pairs(db: Connection, count: int, level: int = 3, specialization: str = "PLAYER") -> None:
+    """The users 1 to count, each with both rows at one level."""
+    db.execute("insert into users (id) select n from generate_series(1, %s) as n on conflict do nothing", [count])
+    db.execute(
+        "insert into specialization_progress (student_id, specialization_id, current_level)"
+        " select n, %s, %s from generate_series(1, %s) as n",
+        [specialization, level, count],
+    )
+
+
 def insert(db: Connection, table: str, user: int, level: int | None, specialization: str = "PLAYER") -> None:
     user_column, specialization_column = KEY[table]
     db.execute(

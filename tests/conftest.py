@@ -39,6 +39,10 @@ log_min_messages = warning
 _numbers = itertools.count(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--proof", action="store_true", help="Run the long versions: more rows, more time. make proof.")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "leftovers: this test leaves a desync, a queued pair or a changed schema behind on purpose"

@@ -13,6 +13,7 @@ from academy import (
     PROGRESS,
     SIDE,
     add_pair,
+    add_pairs,
     configure,
     delete,
     events,
@@ -72,11 +73,7 @@ def test_set_constraints_immediate_brings_the_judgement_forward(db, table):
 @BOTH
 @pytest.mark.parametrize("rows", [1, 200])
 def test_both_sides_go_in_one_transaction_in_either_order(db, users, table, rows):
-    users(rows)
-    db.execute(
-        "insert into specialization_progress (student_id, specialization_id, current_level)"
-        " select id, 'PLAYER', 3 from users"
-    )
+    add_pairs(db, rows)
     with db.transaction():
         db.execute(f"delete from {table}")
         db.execute(f"delete from {OTHER[table]}")
@@ -118,11 +115,7 @@ def test_row_deleted_and_inserted_again_is_an_insert(db, table, again_at):
 @pytest.mark.parametrize("rows", [1, 200])
 def test_propagate_deletes_the_other_side_too(db, users, table, rows):
     configure(db, on_delete="propagate")
-    users(rows)
-    db.execute(
-        "insert into specialization_progress (student_id, specialization_id, current_level)"
-        " select id, 'PLAYER', 3 from users"
-    )
+    add_pairs(db, rows)
     db.execute(f"delete from {table}")
     assert levels(db, 1) == (None, None)
     assert db.execute(f"select count(*) from {OTHER[table]}").fetchone() == (0,)
@@ -134,11 +127,7 @@ def test_propagate_deletes_the_other_side_too(db, users, table, rows):
 @pytest.mark.parametrize("rows", [1, 200])
 def test_recreate_brings_the_deleted_side_back(db, users, table, rows):
     configure(db, on_delete="recreate")
-    users(rows)
-    db.execute(
-        "insert into specialization_progress (student_id, specialization_id, current_level)"
-        " select id, 'PLAYER', 3 from users"
-    )
+    add_pairs(db, rows)
     db.execute(f"delete from {table}")
     assert levels(db, 1) == (3, 3)
     assert db.execute(f"select count(*) from {table}").fetchone() == (rows,)
