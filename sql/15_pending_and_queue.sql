@@ -18,6 +18,19 @@ $$;
 comment on function level_sync._count_subtransaction() is
   'Counts one more subtransaction of this transaction and returns how many that makes.';
 
+-- Two who wrote the two sides of one pair wait for each other in vain. The one who wrote the license gives way early,
+-- so that the other is carried, and one pair is queued instead of two.
+create or replace function level_sync._lock_timeout(lock_wait interval, side text)
+  returns text
+  language sql
+  immutable
+as $$
+  select greatest(1, extract(epoch from lock_wait) * case side when 'progress' then 1000 else 200 end)::integer::text
+$$;
+
+comment on function level_sync._lock_timeout(interval, text) is
+  'How long a carry waits for the other side''s row, in milliseconds, by the side that was written.';
+
 create or replace function level_sync._session_actor()
   returns text
   language sql

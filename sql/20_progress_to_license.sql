@@ -47,7 +47,7 @@ begin
     select settings.on_error,
            settings.lock_wait = interval '0' as never_waits,
            length(current_setting('level_sync.subtransactions')) > settings.inline_limit as is_bulk,
-           greatest(1, extract(epoch from settings.lock_wait) * 1000)::integer::text as lock_timeout,
+           level_sync._lock_timeout(settings.lock_wait, 'progress') as lock_timeout,
            settings.trigger_search_path || ', pg_temp' as trigger_path,
            specialization.max_levels
       into rule

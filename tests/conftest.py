@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,14 +34,29 @@ CONFIGURATION = """
 fsync = off
 max_connections = 100
 max_prepared_transactions = 10
+max_wal_size = 256MB
 track_functions = all
 log_min_messages = warning
 """
+ROOM_IN_MEMORY = 8 * 2**30
 _numbers = itertools.count(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proof", action="store_true", help="Run the long versions: more rows, more time. make proof.")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints what tests measured: record_property("figure", "...")."""
+    figures = [
+        f"{report.nodeid}: {value}"
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == "figure"
+    ]
+    if figures:
+        terminalreporter.section("figures")
+        terminalreporter.write_line("\n".join(figures))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,8 +90,11 @@ def start_server(kind: str, directory: Path) -> Server:
 
 @contextmanager
 def temporary_directory() -> Iterator[Path]:
-    """A directory that the server's own user can reach."""
-    with tempfile.TemporaryDirectory(prefix="level_sync_test_", ignore_cleanup_errors=True) as name:
+    """A directory that the server's own user can reach; in memory where there is room, since each test's database is
+    hundreds of small files."""
+    memory = Path("/dev/shm")  # noqa: S108
+    parent = memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > ROOM_IN_MEMORY else None
+    with tempfile.TemporaryDirectory(prefix="level_sync_test_", dir=parent, ignore_cleanup_errors=True) as name:
         directory = Path(name)
         directory.chmod(0o755)
         yield directory
