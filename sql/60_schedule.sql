@@ -103,7 +103,7 @@ declare
   step   integer;
   first  integer;
   last   integer;
-  found_values integer[] := '{}';
+  found_values integer[] := array[]::integer[];
 begin
   field := lower(field);
   for position in 1 .. coalesce(cardinality(names), 0) loop
@@ -284,7 +284,7 @@ declare
   job       record;
   job_id    bigint;
   wanted    text  := coalesce(cron_expression, (select settings.schedule from level_sync.settings));
-  scheduled jsonb := '{}';
+  scheduled jsonb := jsonb_build_object();
 begin
   perform level_sync._last_slot(wanted, clock_timestamp());
   select * into cron from level_sync._cron_access();
