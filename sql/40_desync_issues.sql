@@ -2,7 +2,7 @@
 -- On the covering primary keys it is an index-only merge join.
 
 -- It has no SET clause, because only then the planner sees through it, for a range of users as for all of them. It is
--- only called by the view and by functions that pin their search_path.
+-- only called by functions that pin their search_path.
 create or replace function level_sync._desync_issues_between(first_user bigint, last_user bigint)
   returns table (user_id bigint, specialization text, issue_type text, progress_level integer, license_level integer,
                  difference integer, recommended_action text)
@@ -64,9 +64,24 @@ $$;
 comment on function level_sync._desync_issues_between(bigint, bigint) is
   'The desyncs of the users in a range of ids; desync_issues is this over all of them.';
 
+-- A reader of the view needs no right on the application's tables, and his search_path makes no difference.
+create or replace function level_sync._all_desync_issues()
+  returns table (user_id bigint, specialization text, issue_type text, progress_level integer, license_level integer,
+                 difference integer, recommended_action text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+  rows 100
+as $$
+  select * from level_sync._desync_issues_between(-9223372036854775808, 9223372036854775807)
+$$;
+
+comment on function level_sync._all_desync_issues() is 'The desyncs of all users, seen with the rights of the owner.';
+
 create or replace view level_sync.desync_issues as
 select issues.*
-  from level_sync._desync_issues_between(-9223372036854775808, 9223372036854775807) as issues;
+  from level_sync._all_desync_issues() as issues;
 
 comment on view level_sync.desync_issues is
   'Every pair whose sides differ: level_mismatch, missing_license or missing_progress. Empty when all is well.';

@@ -502,10 +502,10 @@ begin
     perform pg_advisory_unlock(level_sync._run_lock());
   end if;
   call level_sync._begin_batch(is_inside_transaction);
-  perform set_config('search_path', outer_path, true);
   if error_code = '57014' or error is not null and run_id is null then
     raise exception using errcode = error_code, message = error;
   end if;
+  perform set_config('search_path', outer_path, true);
 end
 $$;
 

@@ -150,7 +150,7 @@ def tracked_files() -> list[Path]:
 
 def test_no_file_names_a_registry_or_holds_a_password():
     registries = re.compile(
-        "|".join(("pypi" + r"\.org", "pythonhosted", "deb" + r"\.debian\.org", "npmjs", "ghcr" + r"\.io"))
+        "|".join(("pypi" + r"\.org", "python" + "hosted", "deb" + r"\.debian\.org", "npm" + "js", "ghcr" + r"\.io"))
     )
     password = re.compile(r"password\s*[=:]\s*['\"]?\w{4,}", re.IGNORECASE)
     for file in tracked_files():
