@@ -1,6 +1,22 @@
 -- The one definition of a desync: a pair whose sides differ, or of which one side is missing.
 -- On the covering primary keys it is an index-only merge join.
 
+-- FORCE ROW LEVEL SECURITY binds the owner too, and then "missing" may mean "hidden".
+create or replace function level_sync._hidden_tables()
+  returns text
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select string_agg(needed.name, ', ' order by needed.name)
+    from (values ('users'), ('specializations'), ('specialization_progress'), ('user_licenses')) as needed (name)
+   where row_security_active(format('public.%I', needed.name)::regclass)
+$$;
+
+comment on function level_sync._hidden_tables() is
+  'The tables whose rows row level security may hide from the owner of level_sync; NULL where there is none.';
+
 -- It has no SET clause, because only then the planner sees through it, for a range of users as for all of them. It is
 -- only called by functions that pin their search_path.
 create or replace function level_sync._desync_issues_between(first_user bigint, last_user bigint)

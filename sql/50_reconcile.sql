@@ -114,8 +114,15 @@ create or replace function level_sync._plan_range(run_id bigint, direction text,
   set plan_cache_mode = force_custom_plan
 as $$
 declare
+  hidden    constant text := level_sync._hidden_tables();
   last_user bigint;
 begin
+  if hidden is not null then
+    raise insufficient_privilege using
+      message = format('row level security may hide rows of %s from %s: what is hidden would be taken for missing', hidden, current_user),
+      hint    = 'alter table ... no force row level security, or give the owner of level_sync the attribute BYPASSRLS.';
+  end if;
+
   -- The side that reaches user_count pairs first ends the range, so neither side's part of it grows.
   select least(
            (select progress.student_id from public.specialization_progress as progress

@@ -243,20 +243,23 @@ $$;
 comment on function level_sync.requeue(bigint, text) is
   'Makes queued pairs, dead ones too, due at once with a fresh count of attempts: all, one user''s, or one pair. Returns how many.';
 
--- What stands in cron.job, where pg_cron is in this database. Empty result: it is not, or it may not be read.
+-- pg_cron shows its settings to members of pg_read_all_settings only; for others it may be preloaded or not.
 create or replace function level_sync._cron_access(out is_preloaded boolean, out is_here boolean, out may_read boolean, out cron_database text)
   language sql
   stable
   set search_path = pg_catalog, pg_temp
 as $$
-  select current_setting('cron.database_name', true) is not null,
+  select case when shown.setting is not null or to_regclass('cron.job') is not null then true
+              when pg_has_role(current_user, 'pg_read_all_settings', 'usage') then false end,
          to_regclass('cron.job') is not null,
          coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage')
                   and has_table_privilege(to_regclass('cron.job'), 'select'), false),
-         current_setting('cron.database_name', true)
+         shown.setting
+    from (select (select pg_settings.setting from pg_settings where pg_settings.name = 'cron.database_name')) as shown (setting)
 $$;
 
-comment on function level_sync._cron_access() is 'Whether pg_cron is preloaded, lives in this database and may be read.';
+comment on function level_sync._cron_access() is
+  'Whether pg_cron is preloaded (NULL: this role may not see that), lives in this database and may be read; and in which database it lives.';
 
 create or replace function level_sync._wanted_cron_jobs(cron_expression text default null)
   returns table (jobname text, schedule text, command text, signature text)
@@ -295,7 +298,8 @@ begin
                      else 'pg_cron is not installed in this database' end,
       hint    = case when cron.is_preloaded and cron.cron_database <> current_database()
                      then 'Run level-sync schedule, which makes the jobs there with cron.schedule_in_database.'
-                     else 'Install the package (postgresql-NN-cron), set shared_preload_libraries = ''pg_cron'', restart, and create extension pg_cron; or run "level-sync reconcile" from another scheduler, such as cron or a systemd timer.' end;
+                     else 'Install the package (postgresql-NN-cron), set shared_preload_libraries = ''pg_cron'', restart, and create extension pg_cron; or run "level-sync reconcile" from another scheduler, such as cron or a systemd timer.'
+                          || case when cron.is_preloaded is null then ' If pg_cron lives in another database, grant pg_read_all_settings to this role, so that it can be found.' else '' end end;
   end if;
 
   update level_sync.settings set schedule = wanted;

@@ -85,7 +85,7 @@ create or replace function level_sync._check_orphans()
   set search_path = pg_catalog, pg_temp
 as $$
   select 'orphans',
-         sum(pairs) = 0,
+         case when level_sync._hidden_tables() is null then sum(pairs) = 0 end,
          case when sum(pairs) = 0 then 'none'
               else string_agg(format('%s rows of %s without %s', pairs, child, parent), '; ' order by child, parent)
                      filter (where pairs > 0) end,
@@ -111,6 +111,23 @@ $$;
 
 comment on function level_sync._check_orphans() is 'No row of either table without its user and specialization.';
 
+create or replace function level_sync._check_hidden_rows()
+  returns table (name text, ok boolean, detail text, hint text)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select 'hidden_rows',
+         case when hidden.tables is null then true end,
+         coalesce(format('row level security may hide rows of %s from %s', hidden.tables, current_user), 'the owner sees every row'),
+         'alter table ... no force row level security, or give the owner of level_sync the attribute BYPASSRLS.'
+    from (select level_sync._hidden_tables() as tables) as hidden
+$$;
+
+comment on function level_sync._check_hidden_rows() is
+  'The owner of level_sync sees every row; where row level security hides some, desyncs and orphans cannot be told.';
+
 create or replace function level_sync._check_pairs()
   returns table (name text, ok boolean, detail text, hint text)
   language sql
@@ -119,7 +136,7 @@ create or replace function level_sync._check_pairs()
   set search_path = pg_catalog, pg_temp
 as $$
   select 'desync',
-         count(*) = 0,
+         case when level_sync._hidden_tables() is null then count(*) = 0 end,
          case when count(*) = 0 then 'every pair has one level'
               else format('%s pairs differ, first user %s in %s (%s)', count(*), min(issues.user_id),
                           (array_agg(issues.specialization order by issues.user_id))[1],
@@ -290,7 +307,12 @@ declare
   jobs jsonb;
 begin
   select * into cron from level_sync._cron_access();
-  if not cron.is_preloaded then
+  if cron.is_preloaded is null then
+    return query select 'schedule', null::boolean,
+      format('not checked: %s may not see whether pg_cron is preloaded', current_user),
+      format('Grant pg_read_all_settings to %s.', current_user);
+    return;
+  elsif not cron.is_preloaded then
     return query select 'schedule', false, 'pg_cron is not preloaded'::text,
       'Install postgresql-NN-cron, set shared_preload_libraries = ''pg_cron'' and restart; or run "level-sync reconcile" from another scheduler.';
     return;
@@ -395,6 +417,7 @@ select * from level_sync._check_triggers()
  union all select * from level_sync._check_functions()
  union all select * from level_sync._check_foreign_keys()
  union all select * from level_sync._check_orphans()
+ union all select * from level_sync._check_hidden_rows()
  union all select * from level_sync._check_pairs()
  union all select * from level_sync._check_queue()
  union all select * from level_sync._check_runs()

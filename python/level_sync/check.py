@@ -97,7 +97,22 @@ def _judge_server(server: dict[str, Any], tables: dict[str, Any]) -> Iterator[Fi
             f"role {server['role']} may not create the missing tables in schema public",
             f'grant create on schema public to "{server["role"]}";',
         )
-    if server["cron_database"] is None:
+    if server["may_anybody_create"]:
+        yield Finding(
+            "note",
+            "schema public",
+            "everybody may create objects in it, and the application's own triggers are run with it in their search_path "
+            "and with the rights of the owner of level_sync",
+            "revoke create on schema public from public;",
+        )
+    if server["cron_database"] is None and not server["may_read_settings"]:
+        yield Finding(
+            "note",
+            "pg_cron",
+            f"not checked: role {server['role']} may not see whether it is preloaded",
+            f'grant pg_read_all_settings to "{server["role"]}";',
+        )
+    elif server["cron_database"] is None:
         yield Finding(
             "note",
             "pg_cron",

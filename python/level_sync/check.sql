@@ -8,7 +8,9 @@ select current_setting('server_version_num')::integer as version_number,
        has_database_privilege(current_database(), 'create') as may_create_schema,
        has_schema_privilege('public', 'create') as may_create_tables,
        to_regnamespace('level_sync') is not null as is_installed,
-       current_setting('cron.database_name', true) as cron_database,
+       has_schema_privilege('public', 'public', 'create') as may_anybody_create,
+       (select setting from pg_settings where name = 'cron.database_name') as cron_database,
+       pg_has_role(current_user, 'pg_read_all_settings', 'usage') as may_read_settings,
        current_database() as database,
        current_setting('TimeZone') as time_zone
 
