@@ -101,8 +101,8 @@ def _judge_server(server: dict[str, Any], tables: dict[str, Any]) -> Iterator[Fi
         yield Finding(
             "note",
             "schema public",
-            "everybody may create objects in it, and the application's own triggers are run with it in their search_path "
-            "and with the rights of the owner of level_sync",
+            "everybody may create objects in it, and the application's own triggers are run with it in their "
+            "search_path and with the rights of the owner of level_sync",
             "revoke create on schema public from public;",
         )
     if server["cron_database"] is None and not server["may_read_settings"]:
