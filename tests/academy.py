@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 
 Connection = psycopg.Connection[Any]
 
@@ -90,6 +93,22 @@ def drain(db: Connection) -> None:
     """Drains everything that is queued, due or not."""
     db.execute("update level_sync.sync_queue set next_attempt_at = '-infinity' where dead_at is null")
     db.execute("call level_sync.drain_queue()")
+
+
+@contextmanager
+def bypass(db: Connection) -> Iterator[None]:
+    """Writes that triggers do not see."""
+    db.execute("set session_replication_role = replica")
+    yield
+    db.execute("reset session_replication_role")
+
+
+def last_run(db: Connection) -> dict[str, Any]:
+    """The newest row of sync_log, by column."""
+    with db.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute("select * from level_sync.sync_log order by run_id desc limit 1").fetchone()
+    assert row is not None
+    return row
 
 
 def configure(db: Connection, **settings: Any) -> None:

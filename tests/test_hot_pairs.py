@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
-import threading
-import time
+import re
+import subprocess
 from dataclasses import dataclass
 
-import psycopg
-
-from academy import KEY, add_pairs, drain
+from academy import add_pairs, drain
 
 CLIENTS = 8
 HOT_PAIRS = 10
@@ -44,52 +41,41 @@ create trigger follow after update on user_licenses for each row execute functio
 """
 
 
+ONE_WRITE = """
+\\set pair random(1, 10)
+\\set level random(1, 8)
+\\set side random(1, 2)
+\\if :side = 1
+update specialization_progress set current_level = :level where student_id = :pair and specialization_id = 'PLAYER';
+\\else
+update user_licenses set current_level = :level where user_id = :pair and specialization_type = 'PLAYER';
+\\endif
+"""
+
+
 @dataclass
 class Outcome:
-    writes: int = 0
-    failures: int = 0
-    seconds: float = 0.0
-
-    @property
-    def per_second(self) -> float:
-        return self.writes / self.seconds
+    per_second: float
+    failures: int
 
 
-def hammer(database, seconds: float) -> Outcome:
+def hammer(database, directory, seconds: int) -> Outcome:
     """Every client writes a random level of a random hot pair on a random side, one write a transaction."""
-    outcomes = [Outcome() for _ in range(CLIENTS)]
-    started = threading.Barrier(CLIENTS + 1)
-
-    def write(client: int) -> None:
-        choice = random.Random(client)  # noqa: S311
-        outcome = outcomes[client]
-        with psycopg.connect(database.dsn, autocommit=True) as connection:
-            started.wait()
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                table = choice.choice(list(KEY))
-                try:
-                    connection.execute(
-                        f"update {table} set current_level = %s where {KEY[table][0]} = %s",
-                        [choice.randint(1, 8), choice.randint(1, HOT_PAIRS)],
-                        prepare=True,
-                    )
-                    outcome.writes += 1
-                except psycopg.Error:
-                    outcome.failures += 1
-
-    threads = [threading.Thread(target=write, args=[client]) for client in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    started.wait()
-    start = time.monotonic()
-    for thread in threads:
-        thread.join()
-    return Outcome(
-        sum(outcome.writes for outcome in outcomes),
-        sum(outcome.failures for outcome in outcomes),
-        time.monotonic() - start,
-    )
+    script = directory / "one_write.sql"
+    script.write_text(ONE_WRITE)
+    command = [
+        database.server.binaries / "pgbench",
+        *("--no-vacuum", "--protocol=prepared", f"--client={CLIENTS}", "--jobs=2", f"--time={seconds}"),
+        f"--file={script}",
+        database.dsn,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "aborted" not in done.stderr, done.stderr
+    per_second = re.search(r"tps = ([0-9.]+)", done.stdout)
+    failures = re.search(r"number of failed transactions: (\d+)", done.stdout)
+    assert per_second, done.stdout
+    assert failures, done.stdout
+    return Outcome(float(per_second[1]), int(failures[1]))
 
 
 def deadlocks(db) -> int:
@@ -98,16 +84,16 @@ def deadlocks(db) -> int:
 
 
 def test_hot_pairs_written_on_both_sides_fail_no_write_and_leave_naive_triggers_behind(
-    database, empty_database, db, request, record_property
+    database, empty_database, db, request, tmp_path, record_property
 ):
     # How soon naive triggers collapse is chance: in a few seconds the ratio scatters, in ten it does not.
-    seconds, times = (10.0, 50) if request.config.getoption("proof") else (3.0, 5)
+    seconds, times = (10, 50) if request.config.getoption("proof") else (3, 5)
     naive_db = empty_database.connect()
     naive_db.execute(NAIVE_TRIGGERS)
     add_pairs(db, HOT_PAIRS)
 
-    naive = hammer(empty_database, max(seconds, 6.0))
-    ours = hammer(database, seconds)
+    naive = hammer(empty_database, tmp_path, max(seconds, 6))
+    ours = hammer(database, tmp_path, seconds)
 
     record_property(
         "figure",
