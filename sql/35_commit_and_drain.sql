@@ -171,6 +171,33 @@ $$;
 comment on function level_sync._carry_pairs_that_can(bigint[], text[], text[], text[], text, bigint, integer, text[], text[]) is
   'Carries the pairs it can and returns the numbers of those that failed, with their errors, without using more subtransactions than allowed.';
 
+create or replace function level_sync._is_pair_free(user_id bigint, specialization text)
+  returns boolean
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from public.specialization_progress as progress
+    where progress.student_id = _is_pair_free.user_id and progress.specialization_id = _is_pair_free.specialization
+      for no key update skip locked;
+  if not found and exists (
+    select from public.specialization_progress as progress
+     where progress.student_id = _is_pair_free.user_id and progress.specialization_id = _is_pair_free.specialization)
+  then
+    return false;
+  end if;
+  perform from public.user_licenses as license
+    where license.user_id = _is_pair_free.user_id and license.specialization_type = _is_pair_free.specialization
+      for no key update skip locked;
+  return found or not exists (
+    select from public.user_licenses as license
+     where license.user_id = _is_pair_free.user_id and license.specialization_type = _is_pair_free.specialization);
+end
+$$;
+
+comment on function level_sync._is_pair_free(bigint, text) is
+  'Locks the rows of a pair without waiting; false where somebody holds one of them.';
+
 create or replace function level_sync.carry_pending_pairs()
   returns trigger
   language plpgsql
@@ -221,6 +248,16 @@ begin
     is_taken := true;
 
     perform set_config('lock_timeout', lock_timeout, true);
+    -- The usual case beside bulk: one pair that somebody holds. The set below, planned anew, would cost more than it.
+    if on_error = 'queue' and cardinality(pairs.user_ids) = 1
+       and not level_sync._is_pair_free(pairs.user_ids[1], pairs.specializations[1])
+    then
+      perform level_sync._enqueue(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, array['55P03'],
+                                  array['the other row is held by another transaction'], pairs.actors, pairs.reasons);
+      perform set_config('lock_timeout', outer_lock_timeout, true);
+      return null;
+    end if;
+
     if on_error = 'raise' then
       perform level_sync._carry_pairs(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger',
                                       null, pairs.actors, pairs.reasons);

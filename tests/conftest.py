@@ -35,6 +35,7 @@ fsync = off
 max_connections = 100
 max_prepared_transactions = 10
 max_wal_size = 256MB
+statement_timeout = 5min
 track_functions = all
 log_min_messages = warning
 """
