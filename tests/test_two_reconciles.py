@@ -1,0 +1,156 @@
+"""One run at a time; a run that dies leaves what is right, and the next one says so and finishes the work."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from academy import add_pairs, bypass, configure, drop_user_trigger, last_run, levels, user_trigger
+
+LEVEL_SYNC = Path(sys.executable).with_name("level-sync")
+PATIENCE = 20
+
+
+def wait_for(db, condition: str) -> None:
+    """Until a condition on the database holds."""
+    for _ in range(PATIENCE * 50):
+        if db.execute(f"select {condition}").fetchone()[0]:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"this did not come about: {condition}")
+
+
+AT_USER_35 = "exists (select from pg_locks where locktype = 'advisory' and not granted)"
+
+
+@pytest.fixture
+def broken(db):
+    """60 desyncs in batches of 10; the repair of user 35 waits for a lock that the test holds."""
+    configure(db, batch_size=10)
+    add_pairs(db, 60)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5")
+    user_trigger(
+        db, "before update on user_licenses", "if new.user_id = 35 then perform pg_advisory_xact_lock(35); end if"
+    )
+    return db
+
+
+@contextmanager
+def stopped_at_user_35(database, broken) -> Iterator[psycopg.Connection]:
+    """A run in another session that stands in the middle of its fourth batch."""
+    gate = database.connect(autocommit=False)
+    gate.execute("select pg_advisory_xact_lock(35)")
+    runner = database.connect()
+    raised: list[psycopg.Error] = []
+
+    def run() -> None:
+        try:
+            runner.execute("call level_sync.reconcile()")
+        except psycopg.Error as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        wait_for(broken, AT_USER_35)
+        yield runner
+    finally:
+        gate.rollback()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_second_run_at_once_is_skipped_and_repairs_nothing(database, broken):
+    with stopped_at_user_35(database, broken):
+        second = database.connect()
+        second.execute("call level_sync.reconcile(started_by => 'cron')")
+        row = last_run(second)
+        assert (row["status"], row["started_by"], row["error"]) == ("skipped", "cron", "another run holds the lock")
+        assert row["duration_seconds"] is not None
+        assert second.execute("select ok, detail from level_sync.health where name = 'running'").fetchone() == (
+            True,
+            "a run is at work",
+        )
+    assert broken.execute("select run_id, status from level_sync.sync_log order by 1").fetchall() == [
+        (1, "success"),
+        (2, "skipped"),
+    ]
+    assert levels(broken, 60) == (5, 5)
+
+
+def test_run_whose_session_is_killed_is_marked_aborted_by_the_next_which_finishes(database, broken):
+    with stopped_at_user_35(database, broken) as runner:
+        assert broken.execute("select pg_terminate_backend(%s)", [runner.info.backend_pid]).fetchone() == (True,)
+        wait_for(broken, f"not exists (select from pg_stat_activity where pid = {runner.info.backend_pid})")
+    assert last_run(broken)["status"] == "running"
+    assert broken.execute("select ok from level_sync.health where name = 'running'").fetchone() == (False,)
+    assert broken.execute("select count(*) from user_licenses where current_level = 5").fetchone() == (30,)
+    broken.execute("call level_sync.reconcile()")
+    rows = broken.execute("select status, error, synced_count from level_sync.sync_log order by run_id").fetchall()
+    assert rows == [("aborted", "its session ended before the run did", None), ("success", None, 30)]
+
+
+def test_run_cancelled_says_aborted_at_once_and_raises(database, broken):
+    with stopped_at_user_35(database, broken) as runner:
+        runner.cancel()
+        wait_for(broken, "exists (select from level_sync.sync_log where status = 'aborted')")
+    row = last_run(broken)
+    assert (row["status"], row["synced_count"]) == ("aborted", 30)
+    assert "canceling statement due to user request (SQLSTATE 57014)" in row["error"]
+    broken.execute("call level_sync.reconcile()")
+
+
+def test_ctrl_c_leaves_a_consistent_database_and_an_aborted_row(database, broken):
+    gate = database.connect(autocommit=False)
+    gate.execute("select pg_advisory_xact_lock(35)")
+    process = subprocess.Popen(
+        [LEVEL_SYNC, "reconcile", "--dsn", database.dsn], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        wait_for(broken, AT_USER_35)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE)
+    gate.rollback()
+    assert process.returncode == 130
+    assert "Interrupted: what was committed stands" in said
+    wait_for(broken, "exists (select from level_sync.sync_log where status = 'aborted')")
+    assert broken.execute("select count(*) from user_licenses where current_level = 5").fetchone() == (30,)
+    broken.execute("call level_sync.reconcile()")
+    assert last_run(broken)["synced_count"] == 30
+
+
+def test_pair_that_somebody_holds_is_left_alone_counted_and_repaired_by_the_next(database, db):
+    add_pairs(db, 3)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5")
+    holder = database.connect(autocommit=False)
+    holder.execute("select from user_licenses where user_id = 2 for update")
+    db.execute("call level_sync.reconcile()")
+    assert last_run(db)["results"]["outcomes"] == {"held": 1, "repaired": 2}
+    holder.rollback()
+    db.execute("call level_sync.reconcile()")
+    assert levels(db, 2) == (5, 5)
+
+
+def test_pair_that_came_right_between_plan_and_repair_is_not_touched(database, broken):
+    """While the run stands at user 35, user 50 is written: the plan is old then, and the write stays."""
+    with stopped_at_user_35(database, broken):
+        broken.execute("update user_licenses set current_level = 7 where user_id = 50")
+    assert levels(broken, 50) == (7, 7)
+    assert broken.execute("select results -> 'outcomes' from level_sync.sync_log").fetchone() == (
+        {"changed": 1, "repaired": 59},
+    )
+    assert broken.execute(
+        "select count(*) from level_sync.sync_events where user_id = 50 and source = 'reconcile'"
+    ).fetchone() == (0,)
+    drop_user_trigger(broken)
