@@ -189,7 +189,7 @@ as $$
        and (sync_log.status in ('success', 'partial', 'needs_approval') and not sync_log.dry_run
             or sync_log.status = 'running' and level_sync._is_run_active()
             -- One that failed is tried again, but not every minute.
-            or sync_log.job_start >= _is_run_missed.at - settings.misfire_grace and sync_log.status <> 'aborted'))
+            or sync_log.status = 'failed' and sync_log.job_start >= _is_run_missed.at - settings.misfire_grace))
     from level_sync.settings
 $$;
 
