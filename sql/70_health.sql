@@ -47,6 +47,20 @@ $$;
 
 comment on function level_sync._check_functions() is 'Every function of ours has the body and the settings that were shipped.';
 
+create or replace function level_sync._wanted_foreign_keys()
+  returns table (child regclass, on_column text, parent regclass, name text)
+  language sql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+  values (to_regclass('public.specialization_progress'), 'student_id', to_regclass('public.users'), 'fk_specialization_progress_user'),
+         (to_regclass('public.specialization_progress'), 'specialization_id', to_regclass('public.specializations'), 'fk_specialization_progress_spec'),
+         (to_regclass('public.user_licenses'), 'user_id', to_regclass('public.users'), 'fk_user_licenses_user'),
+         (to_regclass('public.user_licenses'), 'specialization_type', to_regclass('public.specializations'), 'fk_user_licenses_spec')
+$$;
+
+comment on function level_sync._wanted_foreign_keys() is 'The four foreign keys that forbid orphans.';
+
 create or replace function level_sync._check_foreign_keys()
   returns table (name text, ok boolean, detail text, hint text)
   language sql
@@ -60,17 +74,24 @@ as $$
          'Run level-sync migrate, or: alter table ... validate constraint ...'
     from (
       select case when present.oid is null then wanted.name || ' is missing'
+                  when present.confrelid <> wanted.parent or present.conkey <> array[part.attnum]
+                    then format('%s refers to %s', wanted.name, present.confrelid::regclass)
                   when present.confdeltype <> 'r' then wanted.name || ' is not ON DELETE RESTRICT'
                   when not present.convalidated then wanted.name || ' is not validated'
              end as problem
-        from (values
-          ('public.specialization_progress', 'fk_specialization_progress_user'),
-          ('public.specialization_progress', 'fk_specialization_progress_spec'),
-          ('public.user_licenses', 'fk_user_licenses_user'),
-          ('public.user_licenses', 'fk_user_licenses_spec')
-        ) as wanted (on_table, name)
+        from level_sync._wanted_foreign_keys() as wanted
         left join pg_constraint as present
-          on present.conrelid = to_regclass(wanted.on_table) and present.conname = wanted.name and present.contype = 'f'
+          on present.conrelid = wanted.child and present.conname = wanted.name and present.contype = 'f'
+        left join pg_attribute as part on part.attrelid = wanted.child and part.attname = wanted.on_column
+       union all
+      select format('%s of %s doubles ours', present.conname, present.conrelid::regclass)
+        from level_sync._wanted_foreign_keys() as wanted
+        join pg_attribute as part on part.attrelid = wanted.child and part.attname = wanted.on_column
+        join pg_constraint as present
+          on present.conrelid = wanted.child and present.confrelid = wanted.parent and present.conkey = array[part.attnum]
+       where present.contype = 'f'
+         and present.conparentid = 0
+         and present.conname <> wanted.name
     ) as seen
 $$;
 
