@@ -138,38 +138,47 @@ create or replace function level_sync._last_slot(cron_expression text, before ti
   set search_path = pg_catalog, pg_temp
 as $$
 declare
-  fields   constant text[]    := regexp_split_to_array(btrim(cron_expression), '\s+');
-  minutes  constant integer[] := level_sync._cron_field(fields[1], 0, 59);
-  hours    constant integer[] := level_sync._cron_field(fields[2], 0, 23);
-  days     constant integer[] := level_sync._cron_field(fields[3], 1, 31);
-  months   constant integer[] := level_sync._cron_field(fields[4], 1, 12,
-    array['jan','feb','mar','apr','may','jun','jul','aug','sep','oct','nov','dec']);
-  weekdays constant integer[] := level_sync._cron_field(fields[5], 0, 7,
-    array['sun','mon','tue','wed','thu','fri','sat']);
-  -- pg_cron counts in GMT, from 1.5 on in cron.timezone.
-  zone     constant text      := coalesce(nullif(current_setting('cron.timezone', true), ''), 'GMT');
-  local_at constant timestamp := before at time zone zone;
+  fields constant text[] := regexp_split_to_array(btrim(cron_expression), '\s+');
 begin
-  return (
-    select slot.at at time zone zone
-      from generate_series(0, 366 * 5) as days_back (count)
-     cross join lateral (select date_trunc('day', local_at) - make_interval(days => days_back.count) as start) as day
-     cross join lateral (
-       select max(day.start + make_interval(hours => hour.value, mins => minute.value)) as at
-         from unnest(hours) as hour (value), unnest(minutes) as minute (value)
-        where day.start + make_interval(hours => hour.value, mins => minute.value) <= local_at
-     ) as slot
-     where slot.at is not null
-       and extract(month from day.start) = any (months)
-       -- As cron does: with both a day of the month and a weekday given, either will do.
-       and case when fields[3] like '*%' or fields[5] like '*%'
-                then extract(day from day.start) = any (days)
-                     and (extract(dow from day.start) = any (weekdays) or 7 = any (weekdays) and extract(dow from day.start) = 0)
-                else extract(day from day.start) = any (days)
-                     or extract(dow from day.start) = any (weekdays) or 7 = any (weekdays) and extract(dow from day.start) = 0
-           end
-     order by days_back.count
-     limit 1);
+  if cardinality(fields) <> 5 then
+    raise invalid_parameter_value using
+      message = format('%L is not a cron expression of five fields', cron_expression),
+      hint    = 'Minute, hour, day of the month, month, day of the week: 0 */6 * * * is every six hours.';
+  end if;
+
+  declare
+    minutes  constant integer[] := level_sync._cron_field(fields[1], 0, 59);
+    hours    constant integer[] := level_sync._cron_field(fields[2], 0, 23);
+    days     constant integer[] := level_sync._cron_field(fields[3], 1, 31);
+    months   constant integer[] := level_sync._cron_field(fields[4], 1, 12,
+      array['jan','feb','mar','apr','may','jun','jul','aug','sep','oct','nov','dec']);
+    weekdays constant integer[] := level_sync._cron_field(fields[5], 0, 7,
+      array['sun','mon','tue','wed','thu','fri','sat']);
+    -- pg_cron counts in GMT, from 1.5 on in cron.timezone.
+    zone     constant text      := coalesce(nullif(current_setting('cron.timezone', true), ''), 'GMT');
+    local_at constant timestamp := before at time zone zone;
+  begin
+    return (
+      select slot.at at time zone zone
+        from generate_series(0, 366 * 5) as days_back (count)
+       cross join lateral (select date_trunc('day', local_at) - make_interval(days => days_back.count) as start) as day
+       cross join lateral (
+         select max(day.start + make_interval(hours => hour.value, mins => minute.value)) as at
+           from unnest(hours) as hour (value), unnest(minutes) as minute (value)
+          where day.start + make_interval(hours => hour.value, mins => minute.value) <= local_at
+       ) as slot
+       where slot.at is not null
+         and extract(month from day.start) = any (months)
+         -- As cron does: with both a day of the month and a weekday given, either will do.
+         and case when fields[3] like '*%' or fields[5] like '*%'
+                  then extract(day from day.start) = any (days)
+                       and (extract(dow from day.start) = any (weekdays) or 7 = any (weekdays) and extract(dow from day.start) = 0)
+                  else extract(day from day.start) = any (days)
+                       or extract(dow from day.start) = any (weekdays) or 7 = any (weekdays) and extract(dow from day.start) = 0
+             end
+       order by days_back.count
+       limit 1);
+  end;
 end
 $$;
 

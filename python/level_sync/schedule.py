@@ -16,7 +16,7 @@ def schedule(dsn: str, cron_expression: str | None = None) -> tuple[str, str]:
         if access["is_here"] or not access["is_preloaded"]:
             answer = queries.schedule(connection, cron_expression=cron_expression)
             return answer["schedule"], connection.info.dbname
-        expression: str = cron_expression or queries.settings(connection)["schedule"]
+        expression: str = queries.settings(connection)["schedule"] if cron_expression is None else cron_expression
         queries.check_cron_expression(connection, cron_expression=expression)
         with connect(dsn, database=access["cron_database"]) as cron_connection:
             for job in queries.wanted_cron_jobs(connection, cron_expression=expression):

@@ -1,0 +1,218 @@
+"""The pg_cron jobs: made once, updated, removed, and seen to be run by pg_cron itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from academy import PROGRESS, add_pair, bypass, levels, set_level
+from conftest import dsn_of, temporary_directory
+from level_sync import install
+from level_sync import schedule as jobs
+from level_sync.servers import CRON_CONFIGURATION, SystemServer, has_extension, system_binaries
+from level_sync.verify import exit_code, verify
+
+BAD_EXPRESSIONS = [
+    "61 * * * *",
+    "* 24 * * *",
+    "* * 0 * *",
+    "* * * 13 *",
+    "* * * * 8",
+    "5-1 * * * *",
+    "*/0 * * * *",
+    "x * * * *",
+    "1,,2 * * * *",
+]
+
+
+def needs_cron() -> None:
+    binaries = system_binaries()
+    if binaries is None or not has_extension(binaries, "pg_cron"):
+        pytest.skip("no pg_cron from system packages here, and installing it needs root on Debian or Ubuntu")
+
+
+def in_cron_home(db, query: str) -> list[tuple[object, ...]]:
+    with psycopg.connect(host=db.info.host, user=db.info.user, dbname="cron_home") as connection:
+        return connection.execute(query, [db.info.dbname]).fetchall()
+
+
+JOBS = "select schedule, command, active, jobid from cron.job where database = %s order by command"
+
+
+@pytest.fixture
+def elsewhere(database, db):
+    """A database whose server has pg_cron in another one."""
+    if not isinstance(database.server, SystemServer):
+        pytest.skip("the embedded PostgreSQL has no pg_cron")
+    needs_cron()
+    yield database
+    jobs.unschedule(database.dsn)
+
+
+def test_both_jobs_are_made_once_in_the_database_of_pg_cron(elsewhere, db):
+    assert jobs.schedule(elsewhere.dsn) == ("0 */6 * * *", "cron_home")
+    first = in_cron_home(db, JOBS)
+    assert [row[:3] for row in first] == [
+        ("* * * * *", "call level_sync.maintain()", True),
+        ("0 */6 * * *", "call level_sync.reconcile(started_by => 'cron')", True),
+    ]
+    jobs.schedule(elsewhere.dsn)
+    assert in_cron_home(db, JOBS) == first
+
+
+def test_another_expression_updates_the_job_and_the_setting(elsewhere, db):
+    jobs.schedule(elsewhere.dsn)
+    before = in_cron_home(db, JOBS)
+    jobs.schedule(elsewhere.dsn, "30 2 * * mon-fri")
+    after = in_cron_home(db, JOBS)
+    assert [row[3] for row in after] == [row[3] for row in before]
+    assert after[1][0] == "30 2 * * mon-fri"
+    assert db.execute("select schedule from level_sync.settings").fetchone() == ("30 2 * * mon-fri",)
+    assert [check.detail for check in verify(elsewhere.dsn) if check.name.startswith("schedule") and not check.ok] == []
+
+
+def test_unschedule_removes_both_and_only_ours(elsewhere, db):
+    in_cron_home_do = psycopg.connect(host=db.info.host, user=db.info.user, dbname="cron_home", autocommit=True)
+    with in_cron_home_do as connection:
+        connection.execute("select cron.schedule_in_database('nightly', '0 0 * * *', 'select 1', %s)", [db.info.dbname])
+        jobs.schedule(elsewhere.dsn)
+        assert jobs.unschedule(elsewhere.dsn) == 2
+        assert [row[1] for row in in_cron_home(db, JOBS)] == ["select 1"]
+        assert jobs.unschedule(elsewhere.dsn) == 0
+        connection.execute("select cron.unschedule(jobid) from cron.job where jobname = 'nightly'")
+
+
+def test_rollback_takes_the_jobs_along(elsewhere, db):
+    jobs.schedule(elsewhere.dsn)
+    install.rollback(elsewhere.dsn)
+    assert in_cron_home(db, JOBS) == []
+    install.migrate(elsewhere.dsn)
+
+
+@pytest.mark.parametrize("expression", BAD_EXPRESSIONS)
+def test_nonsense_is_refused_and_changes_nothing(elsewhere, db, expression):
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="cron field"):
+        jobs.schedule(elsewhere.dsn, expression)
+    assert in_cron_home(db, JOBS) == []
+    assert db.execute("select schedule from level_sync.settings").fetchone() == ("0 */6 * * *",)
+
+
+@pytest.mark.parametrize("expression", ["* * * *", "* * * * * *", "@daily", "30 seconds", ""])
+def test_an_expression_without_five_fields_is_refused(elsewhere, db, expression):
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="is not a cron expression of five fields"):
+        jobs.schedule(elsewhere.dsn, expression)
+    assert in_cron_home(db, JOBS) == []
+
+
+def test_without_pg_cron_the_message_says_what_to_install_and_what_else_works(database, db):
+    if isinstance(database.server, SystemServer):
+        pytest.skip("this server has pg_cron")
+    with pytest.raises(psycopg.errors.FeatureNotSupported) as caught:
+        jobs.schedule(database.dsn)
+    assert caught.value.diag.message_primary == "pg_cron is not installed in this database"
+    for words in ("postgresql-NN-cron", "shared_preload_libraries", "level-sync reconcile", "systemd timer"):
+        assert words in caught.value.diag.message_hint
+    assert jobs.unschedule(database.dsn) == 0
+    add_pair(db, 1, level=3)
+    db.execute("call level_sync.maintain()")
+
+
+def test_in_another_database_the_function_itself_says_where_pg_cron_is(elsewhere, db):
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="pg_cron lives in database cron_home") as caught:
+        db.execute("select level_sync.schedule()")
+    assert "level-sync schedule" in caught.value.diag.message_hint
+
+
+# pg_cron itself at work: a real minute is waited for
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "pg_cron did not run the job in time"
+        time.sleep(0.5)
+
+
+def see_pg_cron_run(background_workers: bool, failures: list[BaseException]) -> None:
+    """Schedules every minute, plants a desync, sees it repaired by the job; again after a restart of the server."""
+    try:
+        with temporary_directory() as directory:
+            server = SystemServer(directory / "server")
+            configuration = CRON_CONFIGURATION.format(cron_database="academy")
+            if not background_workers:
+                configuration = (
+                    configuration.replace("workers = on", "workers = off") + f"cron.host = '{server.directory}'\n"
+                )
+            server.create("fsync = off\n" + configuration)
+            try:
+                _see_pg_cron_run(server)
+            finally:
+                server.stop()
+    except BaseException as error:
+        failures.append(error)
+
+
+def _see_pg_cron_run(server: SystemServer) -> None:
+    dsn = dsn_of(server, "academy")
+    with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+        connection.execute("create database academy")
+    with psycopg.connect(dsn, autocommit=True) as db:
+        db.execute("create extension pg_cron")
+        install.migrate(dsn)
+        db.execute("update level_sync.settings set batch_size = 1")
+        for user in (1, 2, 3):
+            add_pair(db, user, level=3)
+        assert db.execute("select level_sync.schedule('* * * * *')").fetchone()[0].keys() == {
+            "level_sync_reconcile",
+            "level_sync_maintain",
+            "schedule",
+        }
+        break_pairs(db)
+        wait_until(lambda: repaired_by_cron(db), 130)
+        assert [levels(db, user) for user in (1, 2, 3)] == [(6, 6)] * 3
+        transactions = db.execute(
+            "select count(distinct transaction_id::text) from level_sync.sync_events where source = 'reconcile'"
+        ).fetchone()
+        assert transactions == (3,)  # batch_size is 1: it commits under pg_cron too
+    server.halt()
+    server.start()
+    with psycopg.connect(dsn, autocommit=True) as db:
+        before = db.execute("select max(run_id) from level_sync.sync_log").fetchone()[0]
+        break_pairs(db)
+        wait_until(lambda: repaired_by_cron(db, before), 130)
+        wait_until(lambda: exit_code(verify(dsn)) == 0, 70)
+        statuses = db.execute("select distinct status from cron.job_run_details where end_time is not null").fetchall()
+        assert statuses == [("succeeded",)]
+
+
+def break_pairs(db) -> None:
+    with bypass(db):
+        db.execute("update user_licenses set max_achieved_level = 8")
+        for user in (1, 2, 3):
+            set_level(db, PROGRESS, user, 6)
+            db.execute("update user_licenses set current_level = 4 where user_id = %s", [user])
+
+
+def repaired_by_cron(db, after: int = 0) -> bool:
+    return bool(
+        db.execute(
+            "select from level_sync.sync_log where run_id > %s and started_by in ('cron', 'catch_up')"
+            " and status = 'success' and synced_count = 3",
+            [after],
+        ).fetchall()
+    )
+
+
+def test_pg_cron_runs_the_job_in_both_of_its_ways_and_after_a_restart():
+    needs_cron()
+    failures: list[BaseException] = []
+    ways = [threading.Thread(target=see_pg_cron_run, args=[workers, failures]) for workers in (True, False)]
+    for way in ways:
+        way.start()
+    for way in ways:
+        way.join()
+    assert failures == []
