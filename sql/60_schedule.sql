@@ -155,7 +155,7 @@ begin
     weekdays constant integer[] := level_sync._cron_field(fields[5], 0, 7,
       array['sun','mon','tue','wed','thu','fri','sat']);
     -- pg_cron counts in GMT, from 1.5 on in cron.timezone.
-    zone     constant text      := coalesce(nullif(current_setting('cron.timezone', true), ''), 'GMT');
+    zone     constant text      := coalesce((select nullif(setting, '') from pg_settings where name = 'cron.timezone'), 'GMT');
     local_at constant timestamp := before at time zone zone;
   begin
     return (
