@@ -17,7 +17,7 @@ LEVEL_SYNC = Path(sys.executable).with_name("level-sync")
 
 
 def run(database, *arguments: str):
-    return CliRunner().invoke(cli.app, [*arguments, "--dsn", database.dsn], env={"COLUMNS": "120"})
+    return CliRunner().invoke(cli.app, [*arguments, "--dsn", database.dsn], env={"COLUMNS": "160"})
 
 
 @pytest.fixture

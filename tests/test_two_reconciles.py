@@ -29,7 +29,15 @@ def wait_for(db, condition: str) -> None:
     pytest.fail(f"this did not come about: {condition}")
 
 
-AT_USER_35 = "exists (select from pg_locks where locktype = 'advisory' and not granted)"
+AT_USER_35 = """exists (
+  select from pg_locks
+   where locktype = 'advisory' and not granted
+     and database = (select oid from pg_database where datname = current_database()))"""
+# The run itself waits 100 ms at most; this trigger waits until the test lets it go on.
+WAIT_AT_USER_35 = """
+if new.user_id = 35 then
+  perform set_config('lock_timeout', '0', true), pg_advisory_xact_lock(35);
+end if"""
 
 
 @pytest.fixture
@@ -39,9 +47,7 @@ def broken(db):
     add_pairs(db, 60)
     with bypass(db):
         db.execute("update specialization_progress set current_level = 5")
-    user_trigger(
-        db, "before update on user_licenses", "if new.user_id = 35 then perform pg_advisory_xact_lock(35); end if"
-    )
+    user_trigger(db, "before update on user_licenses", WAIT_AT_USER_35)
     return db
 
 

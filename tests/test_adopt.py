@@ -1,0 +1,316 @@
+"""A live database as an ORM made it: looked at, decided on, adopted, in step, and given back as it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from difflib import unified_diff
+
+import psycopg
+import pytest
+from typer.testing import CliRunner
+
+from academy import LICENSE, PROGRESS, drain, insert, levels, set_level
+from level_sync import check, cli, install
+from level_sync.verify import DESYNC, DRIFT, FOREIGN_KEYS, exit_code, verify
+
+# Integer ids, no unique pair, no foreign keys to speak of, timestamps without time zone, defaults that live in the ORM.
+OLD_SCHEMA = """
+create table users (id serial primary key, email text);
+create table specializations (id varchar(50) primary key, title text);
+create table specialization_progress (
+  id serial primary key,
+  student_id integer references users (id) on delete cascade,
+  specialization_id varchar(50),
+  current_level integer,
+  total_xp integer, completed_sessions integer, completed_projects integer,
+  last_activity timestamp,
+  notes jsonb, photo bytea, score numeric(12, 6), ratio double precision, tags text[]);
+create table user_licenses (
+  id serial primary key,
+  user_id integer,
+  specialization_type varchar(20),
+  current_level integer,
+  max_achieved_level integer,
+  started_at timestamp,
+  last_advanced_at timestamp,
+  is_active boolean not null,
+  payment_status varchar(20) not null,
+  label text generated always as (specialization_type || ' ' || current_level) stored);
+create table badges (id serial primary key, license_id integer references user_licenses (id) on delete cascade);
+create function stamp() returns trigger language plpgsql as $$
+begin
+  perform count(*) from badges;  -- finds its tables by search_path, as triggers do
+  return new;
+end $$;
+create trigger stamp before update on user_licenses for each row execute function stamp();
+create view active_licenses as select user_id, current_level from user_licenses where is_active;
+comment on column user_licenses.payment_status is 'What finance says.';
+
+create table specialization_levels (
+  specialization_id varchar(50) references specializations (id), level integer, name text, required_xp integer,
+  required_sessions integer, primary key (specialization_id, level));
+insert into users (email) select n || '@x' from generate_series(1, 100) as n;
+insert into specializations values ('PLAYER', 'Player'), ('COACH', 'Coach');
+insert into specialization_progress (student_id, specialization_id, current_level, total_xp)
+select n, 'PLAYER', 1 + n % 8, n from generate_series(1, 100) as n;
+insert into user_licenses (user_id, specialization_type, current_level, max_achieved_level, is_active, payment_status)
+select n, 'PLAYER', 1 + n % 8, 1 + n % 8, true, 'paid' from generate_series(1, 90) as n;
+"""
+DUPLICATES = """
+insert into specialization_progress
+  (student_id, specialization_id, current_level, notes, photo, score, ratio, tags, last_activity)
+values (5, 'PLAYER', 1, '{"a": [1, null, "\\u00e9\\"x"]}', '\\xdeadbeef00', 0.100000, 0.1, '{a,"b c",NULL}',
+        '2026-03-29 02:30:00.123456');
+insert into user_licenses (user_id, specialization_type, current_level, max_achieved_level, is_active, payment_status)
+values (7, 'PLAYER', 2, 2, false, E'it''s\\n"new"'), (7, 'PLAYER', 8, 8, true, 'paid');
+"""
+ORPHANS = """
+insert into user_licenses (user_id, specialization_type, current_level, max_achieved_level, is_active, payment_status)
+values (7777, 'COACH', 2, 2, true, 'x'), (1, 'JUGGLER', 2, 2, true, 'x');
+"""
+DEFAULTS = """
+alter table user_licenses alter column is_active set default true;
+alter table user_licenses alter column payment_status set default 'unpaid';
+"""
+
+
+def dump(database) -> list[str]:
+    """Schema and data, as pg_dump writes them, line by line, in an order that does not depend on that of the rows."""
+    key = ["--restrict-key=x"] if pg_dump_restricts(database) else []
+    text = subprocess.run(
+        [database.server.binaries / "pg_dump", *key, database.dsn], capture_output=True, text=True, check=True
+    ).stdout
+    return sorted(text.splitlines())
+
+
+def pg_dump_restricts(database) -> bool:
+    """Newer minor releases write a random key into each dump unless given one."""
+    told = subprocess.run(
+        [database.server.binaries / "pg_dump", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    return "--restrict-key" in told
+
+
+@pytest.fixture
+def old(empty_database):
+    connection = empty_database.connect()
+    connection.execute("alter database " + empty_database.name + " set timezone = 'America/New_York'")
+    connection.execute(OLD_SCHEMA)
+    return connection
+
+
+def findings(database) -> dict[tuple[str, str], check.Finding]:
+    return {(finding.verdict, finding.subject): finding for finding in check.check(database.dsn)}
+
+
+def run(database, *arguments: str):
+    return CliRunner().invoke(cli.app, [*arguments, "--dsn", database.dsn])
+
+
+def test_check_names_every_oddity_and_the_way_out_and_changes_nothing(empty_database, old):
+    old.execute(DUPLICATES)
+    old.execute(ORPHANS)
+    before = dump(empty_database)
+    told = check.check(empty_database.dsn)
+    assert dump(empty_database) == before
+    assert check.exit_code(told) == 1
+    seen = {(finding.verdict, finding.subject) for finding in told}
+    for key in (
+        ("migrate", "specializations.max_levels"),
+        ("note", "specialization_progress.last_activity"),
+        ("note", "user_licenses.started_at"),
+        ("decide", "user_licenses.is_active"),
+        ("decide", "user_licenses.payment_status"),
+        ("decide", "specialization_progress"),
+        ("decide", "user_licenses"),
+        ("migrate", "specialization_progress.student_id"),
+        ("migrate", "user_licenses.user_id"),
+        ("note", "missing_license"),
+    ):
+        assert key in seen, key
+    details = " ".join(f"{finding.detail} {finding.fix}" for finding in told)
+    for words in (
+        "--merge-duplicates",
+        "--quarantine-orphans",
+        "7777",
+        "JUGGLER",
+        "stamp",
+        "badges",
+        "alter column is_active set default",
+        "taken for UTC",
+        "ON DELETE CASCADE",
+    ):
+        assert words in details, words
+
+
+def exit_code_of(seen) -> int:
+    return check.exit_code(list(seen.values()))
+
+
+def test_check_on_the_command_line_has_a_stable_shape(empty_database, old):
+    done = run(empty_database, "check", "--json")
+    told = json.loads(done.stdout)
+    assert set(told) == {"exit_code", "findings"}
+    assert told["exit_code"] == done.exit_code == 1
+    assert all(set(finding) == {"verdict", "subject", "detail", "fix"} for finding in told["findings"])
+    assert "decide" in run(empty_database, "check").stdout
+    old.execute(DEFAULTS)
+    assert run(empty_database, "check").exit_code == 0
+    assert "Ready" in run(empty_database, "check").stdout
+
+
+@pytest.mark.parametrize(
+    ("oddity", "subject", "words"),
+    [
+        (
+            "create type kind as enum ('PLAYER'); alter table user_licenses drop column label;"
+            " alter table user_licenses alter column specialization_type type kind using specialization_type::kind",
+            "user_licenses.specialization_type",
+            "is an enum (kind)",
+        ),
+        (
+            "alter table specialization_progress drop column current_level",
+            "specialization_progress.current_level",
+            "does not exist",
+        ),
+        ("create schema app; alter table users set schema app", "users", "stands in schema app"),
+        (
+            "alter table user_licenses rename to l; create view user_licenses as select * from l",
+            "user_licenses",
+            "is not a table",
+        ),
+    ],
+    ids=["enum", "no level", "another schema", "view"],
+)
+def test_check_says_what_cannot_be(empty_database, old, oddity, subject, words):
+    old.execute(oddity)
+    seen = findings(empty_database)
+    assert words in seen["cannot", subject].detail
+    assert seen["cannot", subject].fix
+    assert exit_code_of(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "option", "error"),
+    [
+        (DUPLICATES, "--merge-duplicates", "are duplicates"),
+        (ORPHANS, "--quarantine-orphans", "have no user or no specialization"),
+    ],
+    ids=["duplicates", "orphans"],
+)
+def test_migrate_refuses_what_only_a_person_can_decide_and_loses_nothing(empty_database, old, data, option, error):
+    old.execute(data)
+    rows = [old.execute(f"select * from {table} order by id").fetchall() for table in (PROGRESS, LICENSE)]
+    refused = run(empty_database, "migrate")
+    assert refused.exit_code == 1
+    assert error in refused.stderr
+    assert option in " ".join(refused.stderr.split())
+    assert [old.execute(f"select * from {table} order by id").fetchall() for table in (PROGRESS, LICENSE)] == rows
+    assert run(empty_database, "migrate", option).exit_code == 0
+
+
+def test_adopted_end_to_end(empty_database, old):
+    old.execute(DUPLICATES)
+    old.execute(ORPHANS)
+    assert run(empty_database, "migrate", "--quarantine-orphans", "--merge-duplicates").exit_code == 0
+    aside = old.execute("select on_table, why, user_id from level_sync.quarantined_rows order by 1, 2, 3").fetchall()
+    assert aside == [
+        ("specialization_progress", "duplicate", 5),
+        ("user_licenses", "duplicate", 7),
+        ("user_licenses", "duplicate", 7),
+        ("user_licenses", "orphan", 1),
+        ("user_licenses", "orphan", 7777),
+    ]
+    assert levels(old, 7)[1] == 8  # of the three the highest stayed
+    assert levels(old, 5)[0] == 6
+    old.execute(DEFAULTS)
+    old.execute("call level_sync.reconcile(approve => true, direction => 'license_to_progress')")
+    assert old.execute("select status, issues_found from level_sync.sync_log").fetchone() == ("success", 10)
+    checks = verify(empty_database.dsn)
+    assert exit_code(checks) & (DESYNC | DRIFT | FOREIGN_KEYS) == 0
+    for table in (PROGRESS, LICENSE):
+        set_level(old, table, 95, 2 if table == PROGRESS else 4)
+    assert levels(old, 95) == (4, 4)
+
+
+def test_rollback_leaves_schema_and_rows_as_they_were(empty_database, old):
+    old.execute(DUPLICATES)
+    old.execute(ORPHANS)
+    before = dump(empty_database)
+    assert run(empty_database, "migrate", "--quarantine-orphans", "--merge-duplicates").exit_code == 0
+    assert dump(empty_database) != before
+    install.rollback(empty_database.dsn)
+    difference = "\n".join(unified_diff(before, dump(empty_database), n=0, lineterm=""))
+    assert not difference, difference
+
+
+def test_restore_brings_rows_back_byte_for_byte_once_nothing_forbids_it(empty_database, old):
+    old.execute(ORPHANS)
+    rows = old.execute("select * from user_licenses order by id").fetchall()
+    install.migrate(empty_database.dsn, quarantine_orphans=True)
+    outcome = install.restore(empty_database.dsn)
+    assert (outcome["restored"], outcome["left_aside"]) == (0, 2)
+    assert "user 7777 in COACH" in outcome["reason"]
+    old.execute("insert into users (id) values (7777)")
+    done = run(empty_database, "restore")
+    assert done.exit_code == 1
+    assert "1 row(s) restored, 1 left aside" in done.stdout
+    old.execute("insert into specializations (id) values ('JUGGLER')")
+    assert run(empty_database, "restore").exit_code == 0
+    assert old.execute("select * from user_licenses order by id").fetchall() == rows
+    assert old.execute("select count(*) from level_sync.quarantined_rows").fetchone() == (0,)
+
+
+def test_row_that_another_table_refers_to_is_named_and_not_moved(empty_database, old):
+    old.execute(ORPHANS)
+    old.execute("insert into badges (license_id) select id from user_licenses where user_id = 7777")
+    refused = run(empty_database, "migrate", "--quarantine-orphans")
+    assert refused.exit_code == 1
+    assert "1 row(s) of public.badges refer to orphans of user_licenses" in refused.stderr
+    assert old.execute("select count(*) from badges").fetchone() == (1,)
+
+
+def test_creation_that_lacks_a_default_is_queued_with_the_column_named(empty_database, old):
+    install.migrate(empty_database.dsn)
+    insert(old, PROGRESS, 3, 4, "COACH")
+    message = old.execute("select message from level_sync.sync_queue").fetchone()[0]
+    assert '"is_active"' in message
+    old.execute(DEFAULTS)
+    drain(old)
+    assert levels(old, 3, "COACH") == (4, 4)
+
+
+def test_times_without_zone_are_utc_whatever_the_server_says(empty_database, old):
+    install.migrate(empty_database.dsn)
+    set_level(old, PROGRESS, 3, 7)
+    set_level(old, LICENSE, 4, 7)
+    ages = old.execute("""
+        select extract(epoch from now() at time zone 'UTC' - l.last_advanced_at),
+               extract(epoch from now() at time zone 'UTC' - p.last_activity)
+          from user_licenses as l, specialization_progress as p where l.user_id = 3 and p.student_id = 4
+    """).fetchone()
+    assert all(abs(age) < 60 for age in ages)
+
+
+def test_pg_dump_and_restore_of_an_installed_database_give_a_working_one(server, empty_database, old):
+    install.migrate(empty_database.dsn)
+    old.execute(DEFAULTS)
+    binaries = empty_database.server.binaries
+    dumped = subprocess.run(
+        [binaries / "pg_dump", "--format=custom", empty_database.dsn], capture_output=True, check=True
+    )
+    name = f"{empty_database.name}_again"
+    old.execute(f"create database {name}")
+    again = empty_database.dsn.replace(f"dbname={empty_database.name}", f"dbname={name}")
+    try:
+        subprocess.run(
+            [binaries / "pg_restore", "--exit-on-error", f"--dbname={again}"], input=dumped.stdout, check=True
+        )
+        with psycopg.connect(again, autocommit=True) as restored:
+            set_level(restored, PROGRESS, 3, 7)
+            assert levels(restored, 3) == (7, 7)
+        assert exit_code(verify(again)) & (DRIFT | FOREIGN_KEYS) == 0
+        assert install.migrate(again) == []
+    finally:
+        old.execute(f"drop database {name} with (force)")
