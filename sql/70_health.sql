@@ -141,7 +141,7 @@ create or replace function level_sync._check_hidden_rows()
 as $$
   select 'hidden_rows',
          case when hidden.tables is null then true end,
-         coalesce(format('row level security may hide rows of %s from %s', hidden.tables, current_user), 'the owner sees every row'),
+         coalesce('row level security may hide rows of ' || hidden.tables || ' from ' || current_user, 'the owner sees every row'),
          'alter table ... no force row level security, or give the owner of level_sync the attribute BYPASSRLS.'
     from (select level_sync._hidden_tables() as tables) as hidden
 $$;
