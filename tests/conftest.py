@@ -61,8 +61,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in ("TERM", "COLUMNS", "LINES"):  # rich reads them when it is imported; a test that needs them says so.
-        os.environ.pop(name, None)
     config.addinivalue_line(
         "markers", "leftovers: this test leaves a desync, a queued pair or a changed schema behind on purpose"
     )

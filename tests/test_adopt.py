@@ -8,10 +8,11 @@ from difflib import unified_diff
 
 import psycopg
 import pytest
-from typer.testing import CliRunner
 
+import command_line
 from academy import LICENSE, PROGRESS, drain, insert, levels, set_level
-from level_sync import check, cli, install
+from command_line import Done
+from level_sync import check, install
 from level_sync.verify import DESYNC, DRIFT, FOREIGN_KEYS, exit_code, verify
 
 # Integer ids, no unique pair, no foreign keys to speak of, timestamps without time zone, defaults that live in the ORM.
@@ -104,8 +105,8 @@ def findings(database) -> dict[tuple[str, str], check.Finding]:
     return {(finding.verdict, finding.subject): finding for finding in check.check(database.dsn)}
 
 
-def run(database, *arguments: str):
-    return CliRunner().invoke(cli.app, [*arguments, "--dsn", database.dsn])
+def run(database, *arguments: str) -> Done:
+    return command_line.run(*arguments, "--dsn", database.dsn, columns=160)
 
 
 def test_check_names_every_oddity_and_the_way_out_and_changes_nothing(empty_database, old):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from academy import LICENSE, PROGRESS, add_pair, set_level
+from command_line import Done, run
 from level_sync import cli
 
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -24,32 +22,13 @@ SECRET = "s3cret"  # noqa: S105
 NO_SERVER = "host=127.0.0.1 port=1 connect_timeout=2"
 
 
-@dataclass
-class Done:
-    """What one call of level-sync printed, and its exit code."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(*arguments: str, env: dict[str, str] | None = None, columns: int = 80, stdin: str = "") -> Done:
-    """Runs level-sync as on a terminal without colours. No connection setting of the tests' own reaches it."""
-    clean: dict[str, str | None] = {name: None for name in os.environ if name.startswith(("PG", "DATABASE_URL"))}
-    cli.console.width = cli.error_console.width = columns
-    result = CliRunner().invoke(cli.app, arguments, env={**clean, **(env or {})}, input=stdin)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception  # a user would see a traceback
-    return Done(result.exit_code, result.stdout, result.stderr)
-
-
 def said(done: Done) -> str:
     """All that was printed, with line wraps undone."""
     return " ".join((done.stdout + done.stderr).split())
 
 
 def rows_of(done: Done) -> Any:
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     return json.loads(done.stdout)
 
 
@@ -72,28 +51,28 @@ def story(db):
 
 def test_migrate_names_what_it_applied_and_nothing_the_second_time(empty_database):
     first = run("migrate", "--dsn", empty_database.dsn)
-    assert first.returncode == 0, first.stderr
+    assert first.exit_code == 0, first.stderr
     assert "applied 0001_create_schema" in first.stdout
     second = run("migrate", "--dsn", empty_database.dsn)
-    assert second.returncode == 0
+    assert second.exit_code == 0
     assert "0 migration(s) applied" in said(second)
 
 
 @pytest.mark.leftovers
 def test_rollback_asks_and_does_nothing_on_no(database, db):
     refused = run("rollback", "--dsn", database.dsn, stdin="n\n")
-    assert refused.returncode == 1
+    assert refused.exit_code == 1
     assert "Remove the schema level_sync with its log, events and queue?" in said(refused)
     assert db.execute("select to_regnamespace('level_sync') is not null").fetchone() == (True,)
     accepted = run("rollback", "--dsn", database.dsn, stdin="y\n")
-    assert accepted.returncode == 0
+    assert accepted.exit_code == 0
     assert db.execute("select to_regnamespace('level_sync') is null").fetchone() == (True,)
 
 
 @pytest.mark.leftovers
 def test_rollback_with_yes_does_not_ask(database, db):
     done = run("rollback", "--yes", "--dsn", database.dsn)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "level_sync is gone" in said(done)
     assert db.execute("select to_regnamespace('level_sync') is null").fetchone() == (True,)
 
@@ -106,7 +85,7 @@ def test_status_counts_rows_desyncs_and_the_queue(database, db, users):
     add_pair(db, 1)
     add_pair(db, 2)
     done = run("status", "--dsn", database.dsn)
-    assert done.returncode == 0
+    assert done.exit_code == 0
     assert "no desync: every pair has one level" in said(done)
     now = rows_of(run("status", "--json", "--dsn", database.dsn))
     assert now["database"] == database.name
@@ -194,7 +173,7 @@ def test_queue_shows_the_pair_and_its_error(database, story):
 )
 def test_a_table_is_readable_on_80_columns(database, story, command, words):
     done = run(command, "--dsn", database.dsn)
-    assert done.returncode == 0
+    assert done.exit_code == 0
     assert [word for word in words if word not in done.stdout] == []
 
 
@@ -228,7 +207,7 @@ def test_hostile_text_is_printed_as_it_is(database, db, actor):
     )
     for command in ("events", "queue"):
         done = run(command, "--dsn", database.dsn, columns=400)
-        assert done.returncode == 0, done.stderr[-300:]
+        assert done.exit_code == 0, done.stderr[-300:]
         assert actor in done.stdout
     assert rows_of(run("events", "--json", "--dsn", database.dsn))[0]["actor"] == actor
 
@@ -239,7 +218,7 @@ def test_control_characters_do_not_reach_the_terminal(database, db):
     db.execute("select set_config('level_sync.actor', %s, false)", ["a\x1b[2Jb\x07c\rd\ne\x9bf"])
     set_level(db, PROGRESS, 1, 4)
     done = run("events", "--dsn", database.dsn, columns=400)
-    assert done.returncode == 0
+    assert done.exit_code == 0
     assert not set(done.stdout) & set("\x1b\x07\r\x9b")
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     assert len({len(line) for line in lines[1:]}) == 1, "the table's right edge is straight"
@@ -279,21 +258,21 @@ def test_migrate_takes_every_form_of_connection(server, empty_database, form):
         ),
     }[form]
     done = run("migrate", *arguments, env=env)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert empty_database.connect().execute("select count(*) from level_sync.settings").fetchone() == (1,)
 
 
 @pytest.mark.parametrize("command", TAKES_DSN)
 def test_no_server_is_exit_code_32_and_says_what_to_set(command):
     done = run(command, "--dsn", NO_SERVER, *(["--yes"] if command == "rollback" else []))
-    assert done.returncode == 32
+    assert done.exit_code == 32
     assert "No connection" in said(done)
     assert "DATABASE_URL" in said(done)
 
 
 def test_an_unknown_database_is_exit_code_32(server):
     done = run("status", "--dsn", f"host={server.directory} user=postgres dbname=nowhere")
-    assert done.returncode == 32
+    assert done.exit_code == 32
     assert 'database "nowhere" does not exist' in said(done)
 
 
@@ -314,14 +293,14 @@ def test_an_unknown_database_is_exit_code_32(server):
 def test_a_password_is_never_printed(command, dsn):
     for arguments, env in (["--dsn", dsn], {}), ([], {"DATABASE_URL": dsn}):
         done = run(command, *arguments, env=env)
-        assert done.returncode != 0
+        assert done.exit_code != 0
         assert SECRET not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", READS)
 def test_a_database_without_level_sync_gets_a_hint_not_a_traceback(empty_database, command):
     done = run(command, "--dsn", empty_database.dsn)
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert "run level-sync migrate" in said(done)
     assert done.stdout == ""
 
@@ -329,7 +308,7 @@ def test_a_database_without_level_sync_gets_a_hint_not_a_traceback(empty_databas
 @pytest.mark.parametrize("command", READS)
 def test_json_is_not_mixed_with_an_error(empty_database, command):
     done = run(command, "--json", "--dsn", empty_database.dsn)
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert done.stdout == ""
 
 
@@ -338,14 +317,14 @@ def test_json_is_not_mixed_with_an_error(empty_database, command):
 )
 def test_wrong_arguments_are_explained(arguments):
     done = run(*arguments)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "Usage:" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--user", str(2**63)], ["--limit", str(2**63)]])
 def test_a_number_too_large_is_an_error_not_a_traceback(database, arguments):
     done = run("events", *arguments, "--dsn", database.dsn)
-    assert done.returncode in (1, 2)
+    assert done.exit_code in (1, 2)
     assert said(done) != ""
 
 
@@ -354,7 +333,7 @@ def test_a_missing_right_is_an_error_not_a_traceback(database, db):
     db.execute(f"create role {role} login")
     try:
         done = run("status", "--dsn", f"{database.dsn} user={role}")
-        assert done.returncode == 1
+        assert done.exit_code == 1
         assert "permission denied" in said(done)
     finally:
         db.execute(f"drop role {role}")
@@ -373,7 +352,7 @@ def test_the_installed_program_runs():
 
 def test_help_lists_every_command_with_a_sentence():
     done = run("--help")
-    assert done.returncode == 0
+    assert done.exit_code == 0
     for name in COMMANDS:
         assert name in done.stdout
     assert all((command.help or "").strip() for command in COMMANDS.values())
@@ -384,7 +363,7 @@ def test_every_option_has_help(command):
     options = [parameter for parameter in COMMANDS[command].params if parameter.param_type_name == "option"]
     assert [option.name for option in options if not option.help] == []
     done = run(command, "--help", columns=120)
-    assert done.returncode == 0
+    assert done.exit_code == 0
     assert (COMMANDS[command].help or "?").split(".")[0].split("\n")[0] in said(done)
 
 

@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
+import command_line
 from academy import PROGRESS, add_pairs, bypass, configure, levels, set_level, user_trigger
-from level_sync import cli
+from command_line import Done
 
 LEVEL_SYNC = Path(sys.executable).with_name("level-sync")
 
 
-def run(database, *arguments: str):
-    return CliRunner().invoke(cli.app, [*arguments, "--dsn", database.dsn], env={"COLUMNS": "160"})
+def run(database, *arguments: str) -> Done:
+    return command_line.run(*arguments, "--dsn", database.dsn, columns=160)
 
 
 @pytest.fixture

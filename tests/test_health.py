@@ -7,11 +7,11 @@ import time
 
 import psycopg
 import pytest
-from typer.testing import CliRunner
 
 from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, delete, set_level, user_trigger
+from command_line import run
 from conftest import dsn_of, temporary_directory
-from level_sync import cli, schedule
+from level_sync import install, schedule
 from level_sync.servers import CRON_CONFIGURATION, SystemServer, has_extension, system_binaries
 from level_sync.verify import (
     DESYNC,
@@ -257,7 +257,7 @@ def with_cron():
             dsn = dsn_of(server, "academy")
             with psycopg.connect(dsn, autocommit=True) as connection:
                 connection.execute("create extension pg_cron")
-                cli.install.migrate(dsn)
+                install.migrate(dsn)
                 connection.execute("call level_sync.reconcile()")
                 connection.execute("select level_sync.schedule()")
                 # The launcher looks for its database again each second.
@@ -356,10 +356,6 @@ def test_live_without_any_pair_is_not_checked(database, db):
     live = [check for check in verify(database.dsn, live=True) if check.name == "live"]
     assert live[0].ok is None
     assert exit_code(live) == DRIFT
-
-
-def run(*arguments: str):
-    return CliRunner().invoke(cli.app, list(arguments))
 
 
 def test_json_has_a_stable_shape_and_the_exit_code_is_the_sum_of_bits(database, healthy):

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import json
 import os
+import signal
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -283,12 +284,8 @@ def reconcile(
     """
     # Only a statement sent as text, without a parse of its own, lets the procedure see that it may commit.
     with _plain_errors(), connect(dsn, cursor_factory=psycopg.ClientCursor) as connection:
-        try:
-            with _progress_of_run(connection):
-                queries.reconcile(connection, dry_run=dry_run, direction=direction, plan=plan, approve=approve)
-        except KeyboardInterrupt:
-            error_console.print("Interrupted: what was committed stands, and the run is logged as aborted.")
-            raise typer.Exit(INTERRUPTED) from None
+        with _progress_of_run(connection), _ctrl_c_cancels(connection):
+            queries.reconcile(connection, dry_run=dry_run, direction=direction, plan=plan, approve=approve)
         run: dict[str, Any] = queries.own_last_run(connection)
     if as_json:
         typer.echo(json.dumps(run, default=str))
@@ -298,6 +295,32 @@ def reconcile(
             console.print(f"Look at level_sync.sync_plan, then: level-sync reconcile --plan {run['run_id']} --approve")
     codes = {"success": 0, "needs_approval": NEEDS_APPROVAL, "skipped": SKIPPED}
     raise typer.Exit(codes.get(run["status"], RUN_FAILED))
+
+
+@contextlib.contextmanager
+def _ctrl_c_cancels(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Ctrl-C cancels the run on the server and waits for its answer: by then the run is logged as aborted.
+
+    Ctrl-C once more does not wait.
+    """
+    is_interrupted = False
+
+    def cancel(*_: object) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        connection.cancel_safe()
+
+    outer_handler = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    except psycopg.errors.QueryCanceled:
+        if not is_interrupted:
+            raise
+        error_console.print("Interrupted: what was committed stands, and the run is logged as aborted.")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGINT, outer_handler)
 
 
 @contextlib.contextmanager
