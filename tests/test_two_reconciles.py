@@ -130,6 +130,7 @@ def test_ctrl_c_leaves_a_consistent_database_and_an_aborted_row(database, broken
     assert "Interrupted: what was committed stands" in said
     assert last_run(broken)["status"] == "aborted"
     assert broken.execute("select count(*) from user_licenses where current_level = 5").fetchone() == (30,)
+    gate.rollback()
     broken.execute("call level_sync.reconcile()")
     assert last_run(broken)["synced_count"] == 30
 
