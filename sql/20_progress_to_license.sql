@@ -17,11 +17,18 @@ declare
   written_at         public.user_licenses.last_advanced_at%type;
   is_refused         boolean := false;
   is_held            boolean;
+  subtransactions    text;
+  never_read         text;
   rule               record;
   on_error           text := 'queue';
   old_level          integer;
   new_level          integer;
 begin
+  -- A pair that was moved as well is judged at commit. Asked here, because what stands in WHEN is parsed by every UPDATE.
+  if tg_op = 'UPDATE' and (old.student_id = new.student_id and old.specialization_id = new.specialization_id) is not true then
+    return null;
+  end if;
+
   -- Bulk: the transaction carries a set when it commits, and this pair joins it. Where a transaction has no
   -- subtransaction left to arm that set, the pair stays behind for the drain.
   if pending = 'on' or is_spent and pending is distinct from 'lost' then
@@ -42,11 +49,12 @@ begin
     end if;
   end if;
 
-  perform set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
+  -- An assignment of an expression is evaluated at once; PERFORM would run a query.
+  subtransactions := set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
   begin
     select settings.on_error,
            settings.lock_wait = interval '0' as never_waits,
-           length(current_setting('level_sync.subtransactions')) > settings.inline_limit as is_bulk,
+           length(subtransactions) > settings.inline_limit as is_bulk,
            level_sync._lock_timeout(settings.lock_wait, 'progress') as lock_timeout,
            settings.trigger_search_path || ', pg_temp' as trigger_path,
            specialization.max_levels
@@ -68,8 +76,8 @@ begin
     -- From here on nothing waits longer, not even for the whole table.
     outer_depth        := current_setting('level_sync.own_depth', true);
     outer_lock_timeout := current_setting('lock_timeout');
-    perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true),
-            set_config('lock_timeout', rule.lock_timeout, true);
+    never_read := set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
+    never_read := set_config('lock_timeout', rule.lock_timeout, true);
 
     if tg_op = 'UPDATE' then
       select license.current_level
@@ -79,16 +87,17 @@ begin
          and license.specialization_type = new.specialization_id
          for no key update skip locked;
       is_held := not found;
-      if is_held and not exists (
-        select from public.user_licenses as license
-         where license.user_id = new.student_id
-           and license.specialization_type = new.specialization_id)
-      then
-        -- A missing row is judged at commit: whoever moves both rows may be half way.
-        perform set_config('level_sync.own_depth', outer_depth, true),
-                set_config('lock_timeout', outer_lock_timeout, true);
-        perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
-        return null;
+      if is_held then
+        perform from public.user_licenses as license
+          where license.user_id = new.student_id
+            and license.specialization_type = new.specialization_id;
+        if not found then
+          -- A missing row is judged at commit: whoever moves both rows may be half way.
+          never_read := set_config('level_sync.own_depth', outer_depth, true);
+          never_read := set_config('lock_timeout', outer_lock_timeout, true);
+          perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
+          return null;
+        end if;
       end if;
     end if;
     carried_at := clock_timestamp();
@@ -115,7 +124,7 @@ begin
              created.current_level, 'trigger'
         from created
       returning event.new_level into new_level;
-      perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+      never_read := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
       if new_level is null then
         perform level_sync._carry_pair(new.student_id, new.specialization_id, 'progress', change, 'trigger');
@@ -153,7 +162,7 @@ begin
         from carried
        where carried.current_level is distinct from old_level
       returning event.new_level into new_level;
-      perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+      never_read := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     end if;
 
     -- Somebody else's trigger may have written another level, or none.
@@ -161,8 +170,8 @@ begin
       perform level_sync._refuse_difference(new.student_id, new.specialization_id);
     end if;
 
-    perform set_config('level_sync.own_depth', outer_depth, true),
-            set_config('lock_timeout', outer_lock_timeout, true);
+    never_read := set_config('level_sync.own_depth', outer_depth, true);
+    never_read := set_config('lock_timeout', outer_lock_timeout, true);
   exception when others or assert_failure then
     if is_refused or on_error = 'raise' or sqlstate = '40001' then
       raise;
@@ -194,8 +203,6 @@ select level_sync._ensure_trigger('public.specialization_progress', 'progress_le
     after update on public.specialization_progress
     for each row
     when (new.current_level is distinct from old.current_level
-          and new.student_id = old.student_id
-          and new.specialization_id = old.specialization_id
           and current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
     execute function level_sync.carry_progress()
 $trigger$, 'The license gets the level that was written here.');

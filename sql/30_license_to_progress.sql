@@ -17,11 +17,18 @@ declare
   written_at         public.specialization_progress.last_activity%type;
   is_refused         boolean := false;
   is_held            boolean;
+  subtransactions    text;
+  never_read         text;
   rule               record;
   on_error           text := 'queue';
   old_level          integer;
   new_level          integer;
 begin
+  -- A pair that was moved as well is judged at commit. Asked here, because what stands in WHEN is parsed by every UPDATE.
+  if tg_op = 'UPDATE' and (old.user_id = new.user_id and old.specialization_type = new.specialization_type) is not true then
+    return null;
+  end if;
+
   -- Bulk: the transaction carries a set when it commits, and this pair joins it. Where a transaction has no
   -- subtransaction left to arm that set, the pair stays behind for the drain.
   if pending = 'on' or is_spent and pending is distinct from 'lost' then
@@ -42,11 +49,12 @@ begin
     end if;
   end if;
 
-  perform set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
+  -- An assignment of an expression is evaluated at once; PERFORM would run a query.
+  subtransactions := set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
   begin
     select settings.on_error,
            settings.lock_wait = interval '0' as never_waits,
-           length(current_setting('level_sync.subtransactions')) > settings.inline_limit as is_bulk,
+           length(subtransactions) > settings.inline_limit as is_bulk,
            level_sync._lock_timeout(settings.lock_wait, 'license') as lock_timeout,
            settings.trigger_search_path || ', pg_temp' as trigger_path,
            specialization.max_levels
@@ -68,8 +76,8 @@ begin
     -- From here on nothing waits longer, not even for the whole table.
     outer_depth        := current_setting('level_sync.own_depth', true);
     outer_lock_timeout := current_setting('lock_timeout');
-    perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true),
-            set_config('lock_timeout', rule.lock_timeout, true);
+    never_read := set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
+    never_read := set_config('lock_timeout', rule.lock_timeout, true);
 
     if tg_op = 'UPDATE' then
       select progress.current_level
@@ -79,16 +87,17 @@ begin
          and progress.specialization_id = new.specialization_type
          for no key update skip locked;
       is_held := not found;
-      if is_held and not exists (
-        select from public.specialization_progress as progress
-         where progress.student_id = new.user_id
-           and progress.specialization_id = new.specialization_type)
-      then
-        -- A missing row is judged at commit: whoever moves both rows may be half way.
-        perform set_config('level_sync.own_depth', outer_depth, true),
-                set_config('lock_timeout', outer_lock_timeout, true);
-        perform level_sync._defer_pair(new.user_id, new.specialization_type, 'license', change);
-        return null;
+      if is_held then
+        perform from public.specialization_progress as progress
+          where progress.student_id = new.user_id
+            and progress.specialization_id = new.specialization_type;
+        if not found then
+          -- A missing row is judged at commit: whoever moves both rows may be half way.
+          never_read := set_config('level_sync.own_depth', outer_depth, true);
+          never_read := set_config('lock_timeout', outer_lock_timeout, true);
+          perform level_sync._defer_pair(new.user_id, new.specialization_type, 'license', change);
+          return null;
+        end if;
       end if;
     end if;
     carried_at := clock_timestamp();
@@ -114,7 +123,7 @@ begin
              created.current_level, 'trigger'
         from created
       returning event.new_level into new_level;
-      perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+      never_read := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
       if new_level is null then
         perform level_sync._carry_pair(new.user_id, new.specialization_type, 'license', change, 'trigger');
@@ -151,7 +160,7 @@ begin
         from carried
        where carried.current_level is distinct from old_level
       returning event.new_level into new_level;
-      perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+      never_read := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     end if;
 
     -- Somebody else's trigger may have written another level, or none.
@@ -159,8 +168,8 @@ begin
       perform level_sync._refuse_difference(new.user_id, new.specialization_type);
     end if;
 
-    perform set_config('level_sync.own_depth', outer_depth, true),
-            set_config('lock_timeout', outer_lock_timeout, true);
+    never_read := set_config('level_sync.own_depth', outer_depth, true);
+    never_read := set_config('lock_timeout', outer_lock_timeout, true);
   exception when others or assert_failure then
     if is_refused or on_error = 'raise' or sqlstate = '40001' then
       raise;
@@ -192,8 +201,6 @@ select level_sync._ensure_trigger('public.user_licenses', 'license_level_changed
     after update on public.user_licenses
     for each row
     when (new.current_level is distinct from old.current_level
-          and new.user_id = old.user_id
-          and new.specialization_type = old.specialization_type
           and current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
     execute function level_sync.carry_license()
 $trigger$, 'The progress gets the level that was written here.');

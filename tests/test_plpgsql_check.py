@@ -11,6 +11,7 @@ STATEMENT_OF_OURS = "text type variable is not sanitized"  # a CREATE TRIGGER of
 WRITTEN_AS_TEXT = (
     "target type is different type than source type"  # _as_utc: the column's type takes it, whichever it is
 )
+NEVER_READ = 'never read variable "never_read"'  # takes what set_config returns
 MEANT_SO = {
     "_set_rows_aside": STATEMENT_OF_OURS,
     "_restore_rows": STATEMENT_OF_OURS,
@@ -58,7 +59,7 @@ def test_no_finding_in_any_function(checker):
             " extra_warnings => true, other_warnings => true)",
             [oid, relation],
         ).fetchall()
-        findings += [(name, *row) for row in rows if MEANT_SO.get(name) != row[1]]
+        findings += [(name, *row) for row in rows if row[1] not in (MEANT_SO.get(name), NEVER_READ)]
     assert findings == []
 
 
