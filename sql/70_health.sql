@@ -433,6 +433,17 @@ $$;
 comment on function level_sync._check_live() is
   'Writes the level of a pair on each side, sees it arrive on the other, and takes everything back.';
 
+create or replace function level_sync._row_counts(out progress_rows bigint, out license_rows bigint)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select (select count(*) from public.specialization_progress), (select count(*) from public.user_licenses)
+$$;
+
+comment on function level_sync._row_counts() is 'How many rows each side has, for roles that may not read the tables.';
+
 create or replace view level_sync.health as
 select * from level_sync._check_triggers()
  union all select * from level_sync._check_functions()

@@ -29,7 +29,7 @@ MANY = 2_000
 @pytest.fixture
 def size(request) -> int:
     """Rows of the largest writes: with --proof as many as DESIGN speaks of."""
-    return 300_000 if request.config.getoption("proof") else 20_000
+    return 300_000 if request.config.getoption("proof") else 8_000
 
 
 def transaction_ids(db) -> int:

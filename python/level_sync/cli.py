@@ -49,6 +49,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 RowLimit = Annotated[int, typer.Option("--limit", min=1, help="Rows to show.")]
 
 
+class Rights(str, enum.Enum):
+    """What a role may do with level_sync."""
+
+    READER = "reader"
+    OPERATOR = "operator"
+
+
 class ServerKind(str, enum.Enum):
     """Whose PostgreSQL the demo runs on."""
 
@@ -61,9 +68,13 @@ def _plain_errors() -> Iterator[None]:
     """Prints what went wrong and what to do instead of a traceback. Exit code 32: no connection; 1: anything else."""
     try:
         yield
-    except psycopg.errors.UndefinedTable as error:
+    except (
+        psycopg.errors.InvalidSchemaName,
+        psycopg.errors.UndefinedTable,
+        psycopg.errors.UndefinedFunction,
+    ) as error:
         error_console.print(
-            f"level_sync is not installed in this database ({_message(error)}): run level-sync migrate."
+            f"level_sync is not installed in this database, or an older version ({_message(error)}): run level-sync migrate."
         )
         raise typer.Exit(1) from error
     except psycopg.OperationalError as error:
@@ -219,6 +230,32 @@ def rollback(
         for migration in undone:
             console.print(f"rolled back {migration}")
         console.print("level_sync is gone; specialization_progress and user_licenses are as they were.")
+
+
+@app.command()
+def grant(
+    role: Annotated[str, typer.Argument(help="An existing role of the server.")],
+    rights: Annotated[
+        Rights,
+        typer.Option(
+            "--as",
+            help="reader: sees everything, changes nothing. operator: also runs, repairs, undoes, changes settings.",
+        ),
+    ],
+    dsn: Dsn = "",
+) -> None:
+    """Give a role the rights of a reader or an operator, and no others. An application that writes needs none."""
+    with _plain_errors(), connect(dsn) as connection:
+        queries.grant_to(connection, role=role, kind=rights.value)
+    console.print(f"{role} is {rights.value} of level_sync", highlight=False, markup=False)
+
+
+@app.command()
+def revoke(role: Annotated[str, typer.Argument(help="A role of the server.")], dsn: Dsn = "") -> None:
+    """Take every right in level_sync from a role."""
+    with _plain_errors(), connect(dsn) as connection:
+        queries.revoke_from(connection, role=role)
+    console.print(f"{role} has no rights in level_sync", highlight=False, markup=False)
 
 
 @app.command()

@@ -74,16 +74,23 @@ select count(*)
  where namespace.nspname <> 'information_schema'
    and namespace.nspname !~ '^pg_'
 
+-- name: grant_to(role, kind)!
+select level_sync._grant_to(:role, :kind)
+
+-- name: revoke_from(role)!
+select level_sync._revoke_from(:role)
+
 -- name: status()^
 select current_database() as database,
        current_setting('server_version') as server_version,
-       (select count(*) from public.specialization_progress) as progress_rows,
-       (select count(*) from public.user_licenses) as license_rows,
+       counts.progress_rows,
+       counts.license_rows,
        (select count(*) from level_sync.sync_queue where dead_at is null) as queued,
        (select count(*) from level_sync.sync_queue where dead_at is not null) as dead,
        (select extract(epoch from clock_timestamp() - min(queued_at))::bigint
           from level_sync.sync_queue where dead_at is null) as oldest_queued_seconds,
        (select max(occurred_at) from level_sync.sync_events) as last_event_at
+  from level_sync._row_counts() as counts
 
 -- name: desyncs_by_type()
 select issue_type, specialization, count(*) as pairs
