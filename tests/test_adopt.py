@@ -192,6 +192,22 @@ def test_check_says_what_cannot_be(empty_database, old, oddity, subject, words):
     assert exit_code_of(seen) == 2
 
 
+def test_an_enum_is_adopted_once_its_column_is_text_as_check_says(empty_database, old):
+    old.execute("create type kind as enum ('PLAYER', 'COACH'); alter table user_licenses drop column label")
+    old.execute("alter table user_licenses alter column specialization_type type kind using specialization_type::kind")
+    old.execute(findings(empty_database)["cannot", "user_licenses.specialization_type"].fix)
+    old.execute(DEFAULTS)
+    assert run(empty_database, "migrate").exit_code == 0
+    for table, new in ((PROGRESS, 6), (LICENSE, 3)):
+        set_level(old, table, 3, new)
+        assert levels(old, 3) == (new, new)
+    old.execute("insert into users (id) values (500)")
+    old.execute(
+        "insert into user_licenses (user_id, specialization_type, current_level) values (500, 'COACH'::kind, 2)"
+    )
+    assert levels(old, 500, "COACH") == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("data", "option", "error"),
     [

@@ -17,8 +17,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from academy import LICENSE, PROGRESS, add_pair, configure, insert, level, levels, set_level
+from academy import BOTH, LICENSE, PROGRESS, add_pair, add_pairs, configure, insert, level, levels, set_level
 from level_sync import install
+from level_sync.verify import verify
 
 LEVEL_SYNC = [sys.executable, "-c", "from level_sync.cli import app; app()"]
 
@@ -738,6 +739,75 @@ def test_no_write_fails_or_waits_long_while_migrate_and_rollback_run(empty_datab
     assert max(durations) < 1
     assert levels(adopted, 1) in [(n, n) for n in range(1, 9)]
     assert len(adopted.execute("select from pg_trigger where not tgisinternal").fetchall()) > 8
+
+
+def test_killed_at_any_moment_beside_writers_it_ends_whole_and_no_write_fails(request, empty_database, adopted):
+    install.migrate(empty_database.dsn)
+    whole = snapshot(adopted, with_oids=False)
+    install.rollback(empty_database.dsn)
+    moments = random.Random(11)  # noqa: S311
+    with live_traffic(empty_database) as (durations, errors):
+        for _ in range(40 if request.config.getoption("proof") else 3):
+            process = start(empty_database, "migrate")
+            wait_until(lambda: sessions(adopted) > 2)
+            time.sleep(moments.uniform(0, 1))  # the moment of the accident, not a wait for anything
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            install.migrate(empty_database.dsn)
+            assert snapshot(adopted, with_oids=False) == whole
+            install.rollback(empty_database.dsn)
+        install.migrate(empty_database.dsn)
+    assert errors == []
+    assert max(durations) < 1
+    assert snapshot(adopted, with_oids=False) == whole
+
+
+@BOTH
+def test_an_upgrade_leaves_no_moment_without_triggers(database, db, table):
+    """Writers look, in their own transaction, whether each of their writes was carried."""
+    add_pairs(db, 2)
+    was_carried: list[bool] = []
+    ends = threading.Event()
+
+    def write() -> None:
+        connection = database.connect(autocommit=False)
+        while not ends.is_set():
+            new = 1 + len(was_carried) % 8
+            set_level(connection, table, 1, new)
+            was_carried.append(levels(connection, 1) == (new, new))
+            connection.commit()
+            time.sleep(0.002)  # think time
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for version in range(6):
+            # An older version: other bodies, another WHEN.
+            db.execute("set lock_timeout = '5s'")
+            with db.transaction():
+                db.execute("lock table specialization_progress, user_licenses in access exclusive mode")
+                for name, on_table, function in (
+                    ("progress_level_changed", PROGRESS, "carry_progress"),
+                    ("license_level_changed", LICENSE, "carry_license"),
+                ):
+                    body = db.execute("select pg_get_functiondef(%s::regproc)", [f"level_sync.{function}"]).fetchone()[
+                        0
+                    ]
+                    db.execute(body.replace("begin\n", f"begin  -- version {version}\n", 1))
+                    db.execute(f"drop trigger {name} on {on_table}")
+                    db.execute(
+                        f"create trigger {name} after update on {on_table} for each row"
+                        f" when (old.current_level <> new.current_level) execute function level_sync.{function}()"
+                    )
+            written = len(was_carried)
+            install.migrate(database.dsn)
+            wait_until(lambda written=written: len(was_carried) > written + 20)
+    finally:
+        ends.set()
+        writer.join()
+    assert all(was_carried)
+    checks = {check.name: check.ok for check in verify(database.dsn)}
+    assert checks["triggers"] is checks["functions"] is checks["shipped_functions"] is True
 
 
 def test_migrate_waits_in_short_tries_for_a_long_transaction_and_finishes_after_it(empty_database, adopted):

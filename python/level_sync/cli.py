@@ -74,7 +74,7 @@ def _plain_errors() -> Iterator[None]:
         psycopg.errors.UndefinedFunction,
     ) as error:
         error_console.print(
-            f"level_sync is not installed in this database, or an older version ({_message(error)}): run level-sync migrate."
+            f"level_sync is not installed in this database, or too old ({_message(error)}): run level-sync migrate."
         )
         raise typer.Exit(1) from error
     except psycopg.OperationalError as error:
