@@ -497,11 +497,15 @@ def test_write_stands_with_a_warning_when_a_held_pair_cannot_be_queued(database,
 @BOTH
 @UNWRITABLE
 @pytest.mark.parametrize(
-    "tables",
-    [["pending_pairs", "sync_queue"], ["pending_pairs"], ["sync_queue"]],
-    ids=["both", "pending_pairs", "sync_queue"],
+    ("targets", "tables"),
+    [
+        ("free", ["pending_pairs", "sync_queue"]),
+        ("failing", ["pending_pairs", "sync_queue"]),
+        ("failing", ["pending_pairs"]),
+        ("failing", ["sync_queue"]),
+    ],
+    ids=["free-both", "failing-both", "failing-pending_pairs", "failing-sync_queue"],
 )
-@pytest.mark.parametrize("targets", ["free", "failing"])
 def test_bulk_write_stands_whatever_cannot_be_queued(database, db, table, take_away, tables, targets):
     add_pairs(db, 500)
     if targets == "failing":
