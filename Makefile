@@ -1,13 +1,15 @@
 # make demo   the story, on an embedded PostgreSQL that stays up for a look around; make stop removes it
 #             with SERVER=system on the machine's own PostgreSQL, where pg_cron is seen to run the job
 # make test   everything the tests need, then the tests
+# make proof  the same with long versions; make bench: level_sync against what people would use instead
+#             make bench BENCH='--server embedded --only one,hot' for a part; --help says what else
 
 PYTHON ?= python3
 SERVER ?= embedded
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo psql stop test proof clean
+.PHONY: demo psql stop test proof bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -31,6 +33,10 @@ proof: $(VENV)/.test
 	@tests/install_server_packages
 	$(BIN)/pytest --proof
 
+bench: $(VENV)/.bench
+	@tests/install_server_packages
+	$(BIN)/python tests/bench/bench.py $(BENCH)
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 
@@ -47,4 +53,8 @@ $(VENV)/.demo: $(VENV)/.pip pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group test
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable . --group bench
 	@touch $@

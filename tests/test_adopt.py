@@ -149,6 +149,21 @@ def exit_code_of(seen) -> int:
     return check.exit_code(list(seen.values()))
 
 
+def test_check_says_when_the_triggers_would_be_stronger_than_the_tables_owner(empty_database, old):
+    about = "but the triggers would run with the rights of superuser"
+    assert not [finding for finding in check.check(empty_database.dsn) if about in finding.detail]
+    owner = f"owner_{empty_database.name}"
+    old.execute(f"create role {owner}")
+    try:
+        old.execute(f"alter table {LICENSE} owner to {owner}")
+        told = [finding for finding in check.check(empty_database.dsn) if about in finding.detail]
+        assert [finding.subject for finding in told] == [LICENSE]
+        assert f'grant create on database "{empty_database.name}" to "{owner}"' in told[0].fix
+    finally:
+        old.execute(f"reassign owned by {owner} to current_user")
+        old.execute(f"drop role {owner}")
+
+
 def test_check_on_the_command_line_has_a_stable_shape(empty_database, old):
     done = run(empty_database, "check", "--json")
     told = json.loads(done.stdout)

@@ -152,6 +152,13 @@ def _judge_table(table: dict[str, Any], server: dict[str, Any]) -> Iterator[Find
         yield Finding("ok", name, f"about {table['estimated_rows']:,} rows, adopted as it is")
     if name not in PAIRS:
         return
+    if server["is_superuser"] and not table["is_owned_by_superuser"]:
+        yield Finding(
+            "note",
+            name,
+            f"belongs to {table['owner']}, but the triggers would run with the rights of superuser {server['role']}",
+            f'grant create on database "{server["database"]}" to "{table["owner"]}"; then run migrate as that role.',
+        )
     if table["is_partitioned"] and server["version_number"] < NOT_VALID_ON_PARTITIONED:
         yield Finding(
             "note",
