@@ -1,3 +1,10 @@
+-- What stood here before: what this version does not replace is an older version's, and goes when all is loaded.
+drop table if exists pg_temp.functions_before;
+create temp table functions_before on commit drop as
+select pg_proc.oid, pg_proc.xmin::pg_catalog.text as written_by, pg_proc.ctid as place
+  from pg_catalog.pg_proc
+ where pg_proc.pronamespace = 'level_sync'::pg_catalog.regnamespace;
+
 -- Loading a trigger twice changes nothing and takes no lock: a trigger is only made where it is missing or
 -- differs from what was made last time.
 

@@ -24,8 +24,12 @@ declare
   old_level          integer;
   new_level          integer;
 begin
-  -- A pair that was moved as well is judged at commit. Asked here, because what stands in WHEN is parsed by every UPDATE.
+  -- A moved pair is judged at commit; a set that comes before that must not take its old place for a missing row.
   if tg_op = 'UPDATE' and (old.student_id = new.student_id and old.specialization_id = new.specialization_id) is not true then
+    if pending = 'on' then
+      insert into level_sync.pending_pairs (user_id, specialization, side, change)
+      values (old.student_id, old.specialization_id, 'progress', 'left');
+    end if;
     return null;
   end if;
 
@@ -52,6 +56,10 @@ begin
   -- An assignment of an expression is evaluated at once; PERFORM would run a query.
   subtransactions := set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
   begin
+    -- From here on nothing waits longer, not even for the whole table.
+    outer_lock_timeout := current_setting('lock_timeout');
+    never_read := set_config('lock_timeout', '100', true);
+
     select settings.on_error,
            settings.lock_wait = interval '0' as never_waits,
            length(subtransactions) > settings.inline_limit as is_bulk,
@@ -70,12 +78,11 @@ begin
 
     if rule.is_bulk then
       perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
+      never_read := set_config('lock_timeout', outer_lock_timeout, true);
       return null;
     end if;
 
-    -- From here on nothing waits longer, not even for the whole table.
-    outer_depth        := current_setting('level_sync.own_depth', true);
-    outer_lock_timeout := current_setting('lock_timeout');
+    outer_depth := current_setting('level_sync.own_depth', true);
     never_read := set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
     never_read := set_config('lock_timeout', rule.lock_timeout, true);
 
@@ -202,7 +209,9 @@ select level_sync._ensure_trigger('public.specialization_progress', 'progress_le
   create trigger progress_level_changed
     after update on public.specialization_progress
     for each row
-    when (new.current_level is distinct from old.current_level
+    when ((new.current_level is distinct from old.current_level
+           or new.student_id is distinct from old.student_id
+           or new.specialization_id is distinct from old.specialization_id)
           and current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
     execute function level_sync.carry_progress()
 $trigger$, 'The license gets the level that was written here.');
@@ -402,6 +411,22 @@ $$;
 comment on function level_sync.judge_deleted_progress() is
   'Refuses at commit a deleted progress whose license is still there, or does what settings.on_delete says.';
 
+create or replace function level_sync.note_deleted_progress()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into level_sync.pending_pairs (user_id, specialization, side, change)
+  values (old.student_id, old.specialization_id, 'progress', 'left');
+  return null;
+end
+$$;
+
+comment on function level_sync.note_deleted_progress() is
+  'Keeps the set that this transaction carries at its commit from taking a deleted progress for a missing one.';
+
 -- At commit: a moved progress has left one pair, as a delete does, and come to another, as an insert does.
 create or replace function level_sync.judge_moved_progress()
   returns trigger
@@ -432,6 +457,14 @@ $$;
 
 comment on function level_sync.judge_moved_progress() is
   'Judges at commit the pair a progress has left like a delete, and the pair it has come to like an insert.';
+
+select level_sync._ensure_trigger('public.specialization_progress', 'progress_deleted_before_a_set', $trigger$
+  create trigger progress_deleted_before_a_set
+    after delete on public.specialization_progress
+    for each row
+    when (current_setting('level_sync.pending', true) = 'on')
+    execute function level_sync.note_deleted_progress()
+$trigger$, 'The set of this transaction leaves the pair to what judges deletions at commit.');
 
 select level_sync._ensure_trigger('public.specialization_progress', 'progress_deleted', $trigger$
   create constraint trigger progress_deleted

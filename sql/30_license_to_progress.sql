@@ -24,8 +24,12 @@ declare
   old_level          integer;
   new_level          integer;
 begin
-  -- A pair that was moved as well is judged at commit. Asked here, because what stands in WHEN is parsed by every UPDATE.
+  -- A moved pair is judged at commit; a set that comes before that must not take its old place for a missing row.
   if tg_op = 'UPDATE' and (old.user_id = new.user_id and old.specialization_type = new.specialization_type) is not true then
+    if pending = 'on' then
+      insert into level_sync.pending_pairs (user_id, specialization, side, change)
+      values (old.user_id, old.specialization_type, 'license', 'left');
+    end if;
     return null;
   end if;
 
@@ -52,6 +56,10 @@ begin
   -- An assignment of an expression is evaluated at once; PERFORM would run a query.
   subtransactions := set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
   begin
+    -- From here on nothing waits longer, not even for the whole table.
+    outer_lock_timeout := current_setting('lock_timeout');
+    never_read := set_config('lock_timeout', '100', true);
+
     select settings.on_error,
            settings.lock_wait = interval '0' as never_waits,
            length(subtransactions) > settings.inline_limit as is_bulk,
@@ -70,12 +78,11 @@ begin
 
     if rule.is_bulk then
       perform level_sync._defer_pair(new.user_id, new.specialization_type, 'license', change);
+      never_read := set_config('lock_timeout', outer_lock_timeout, true);
       return null;
     end if;
 
-    -- From here on nothing waits longer, not even for the whole table.
-    outer_depth        := current_setting('level_sync.own_depth', true);
-    outer_lock_timeout := current_setting('lock_timeout');
+    outer_depth := current_setting('level_sync.own_depth', true);
     never_read := set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
     never_read := set_config('lock_timeout', rule.lock_timeout, true);
 
@@ -200,7 +207,9 @@ select level_sync._ensure_trigger('public.user_licenses', 'license_level_changed
   create trigger license_level_changed
     after update on public.user_licenses
     for each row
-    when (new.current_level is distinct from old.current_level
+    when ((new.current_level is distinct from old.current_level
+           or new.user_id is distinct from old.user_id
+           or new.specialization_type is distinct from old.specialization_type)
           and current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
     execute function level_sync.carry_license()
 $trigger$, 'The progress gets the level that was written here.');
@@ -398,6 +407,22 @@ $$;
 comment on function level_sync.judge_deleted_license() is
   'Refuses at commit a deleted license whose progress is still there, or does what settings.on_delete says.';
 
+create or replace function level_sync.note_deleted_license()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into level_sync.pending_pairs (user_id, specialization, side, change)
+  values (old.user_id, old.specialization_type, 'license', 'left');
+  return null;
+end
+$$;
+
+comment on function level_sync.note_deleted_license() is
+  'Keeps the set that this transaction carries at its commit from taking a deleted license for a missing one.';
+
 -- At commit: a moved license has left one pair, as a delete does, and come to another, as an insert does.
 create or replace function level_sync.judge_moved_license()
   returns trigger
@@ -428,6 +453,14 @@ $$;
 
 comment on function level_sync.judge_moved_license() is
   'Judges at commit the pair a license has left like a delete, and the pair it has come to like an insert.';
+
+select level_sync._ensure_trigger('public.user_licenses', 'license_deleted_before_a_set', $trigger$
+  create trigger license_deleted_before_a_set
+    after delete on public.user_licenses
+    for each row
+    when (current_setting('level_sync.pending', true) = 'on')
+    execute function level_sync.note_deleted_license()
+$trigger$, 'The set of this transaction leaves the pair to what judges deletions at commit.');
 
 select level_sync._ensure_trigger('public.user_licenses', 'license_deleted', $trigger$
   create constraint trigger license_deleted

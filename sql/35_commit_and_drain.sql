@@ -68,6 +68,18 @@ create or replace function level_sync._refuse_difference(user_id bigint, special
   set search_path = pg_catalog, pg_temp
 as $$
 begin
+  -- A snapshot older than the row (REPEATABLE READ) sees it beside the one it replaced: neither is the truth.
+  if (select count(*) from public.specialization_progress as progress
+       where progress.student_id = _refuse_difference.user_id
+         and progress.specialization_id = _refuse_difference.specialization) > 1
+     or (select count(*) from public.user_licenses as license
+          where license.user_id = _refuse_difference.user_id
+            and license.specialization_type = _refuse_difference.specialization) > 1
+  then
+    raise serialization_failure using
+      message = 'could not serialize access: another transaction has deleted this pair',
+      hint    = 'The transaction might succeed if retried.';
+  end if;
   if not exists (select from level_sync._unequal_pairs(array[user_id], array[specialization], array['progress'])) then
     return;
   end if;
@@ -85,7 +97,7 @@ end
 $$;
 
 comment on function level_sync._refuse_difference(bigint, text) is
-  'Where a pair is not equal after it was carried: raises lock_not_available if somebody holds a row, else object_not_in_prerequisite_state.';
+  'Where a pair is not equal after it was carried: raises lock_not_available if somebody holds a row, serialization_failure if the snapshot is too old, else object_not_in_prerequisite_state.';
 
 -- Carries what can be carried and tells the failures apart, in few subtransactions: a set that fails is done again
 -- in chunks, the chunk that fails pair by pair, and the rest without the pair that failed.
@@ -103,6 +115,8 @@ declare
   chunk_from integer;
   chunk_to   integer;
   suspect    integer;
+  last_whole integer;
+  has_failed boolean;
 begin
   failed_numbers := '{}'; failed_sqlstates := '{}'; failed_messages := '{}';
 
@@ -135,7 +149,7 @@ begin
       end if;
     end;
 
-    suspect := chunk_to + 1;
+    has_failed := false;
     perform level_sync._count_subtransaction();
     begin
       for pair in chunk_from .. chunk_to loop
@@ -143,27 +157,29 @@ begin
         perform level_sync._carry_pairs(user_ids[pair:pair], specializations[pair:pair], sides[pair:pair], changes[pair:pair],
                                         source, run_id, actors[pair:pair], reasons[pair:pair]);
       end loop;
-      suspect := chunk_to + 1;
     exception when others or assert_failure then
       if sqlstate = '40001' then
         raise;
       end if;
+      has_failed       := true;
       failed_numbers   := failed_numbers || suspect::bigint;
       failed_sqlstates := failed_sqlstates || sqlstate::text;
       failed_messages  := failed_messages || sqlerrm::text;
     end;
 
+    -- Of the chunk, what came before the failure is gone with it; where each pair by itself did not fail, nothing is.
+    last_whole := case when has_failed then suspect - 1 else chunk_from - 1 end;
     perform level_sync._count_subtransaction();
     begin
-      perform level_sync._carry_pairs(user_ids[first_pair:suspect - 1], specializations[first_pair:suspect - 1],
-                                      sides[first_pair:suspect - 1], changes[first_pair:suspect - 1], source, run_id,
-                                      actors[first_pair:suspect - 1], reasons[first_pair:suspect - 1]);
+      perform level_sync._carry_pairs(user_ids[first_pair:last_whole], specializations[first_pair:last_whole],
+                                      sides[first_pair:last_whole], changes[first_pair:last_whole], source, run_id,
+                                      actors[first_pair:last_whole], reasons[first_pair:last_whole]);
     exception when others or assert_failure then
       if sqlstate = '40001' then
         raise;
       end if;
     end;
-    first_pair := suspect + 1;
+    first_pair := case when has_failed then suspect else chunk_to end + 1;
   end loop;
 end
 $$;
@@ -221,6 +237,7 @@ begin
   end if;
   perform level_sync._count_subtransaction();
   begin
+    perform set_config('lock_timeout', '100', true);
     -- Half of lock_wait: a pair that is tried a second time has waited once.
     select settings.on_error, greatest(1, extract(epoch from settings.lock_wait) * 500)::integer::text
       into on_error, lock_timeout
@@ -232,9 +249,26 @@ begin
        where pending.transaction_id = new.transaction_id
       returning pending.pending_id, pending.user_id, pending.specialization, pending.side, pending.change,
                 pending.actor, pending.reason
+    ), left_pairs as materialized (
+      -- A row that was deleted or moved away is no missing one: what is to happen is judged at commit, not here.
+      select taken.user_id, taken.specialization
+        from taken
+       where taken.change = 'left'
+         and case taken.side
+               when 'progress' then not exists (
+                 select from public.specialization_progress as progress
+                  where progress.student_id = taken.user_id and progress.specialization_id = taken.specialization)
+               else not exists (
+                 select from public.user_licenses as license
+                  where license.user_id = taken.user_id and license.specialization_type = taken.specialization)
+             end
     ), latest as (
       select distinct on (taken.user_id, taken.specialization) taken.*
         from taken
+       where taken.change <> 'left'
+         and not exists (
+           select from left_pairs
+            where left_pairs.user_id = taken.user_id and left_pairs.specialization = taken.specialization)
        order by taken.user_id, taken.specialization, taken.pending_id desc
     )
     select array_agg(latest.user_id) as user_ids, array_agg(latest.specialization) as specializations,
@@ -243,6 +277,7 @@ begin
       into pairs
       from latest;
     if pairs.user_ids is null then
+      perform set_config('lock_timeout', outer_lock_timeout, true);
       return null;
     end if;
     is_taken := true;
@@ -297,13 +332,15 @@ begin
     if on_error = 'raise' or sqlstate = '40001' then
       raise;
     end if;
-    if is_taken and level_sync._enqueue(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
-                                        array_fill(sqlstate::text, array[cardinality(pairs.user_ids)]),
-                                        array_fill(sqlerrm::text, array[cardinality(pairs.user_ids)]),
-                                        pairs.actors, pairs.reasons)
-    then
-      delete from level_sync.pending_pairs as pending where pending.transaction_id = new.transaction_id;
-      return null;
+    if is_taken then
+      if level_sync._enqueue(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
+                             array_fill(sqlstate::text, array[cardinality(pairs.user_ids)]),
+                             array_fill(sqlerrm::text, array[cardinality(pairs.user_ids)]),
+                             pairs.actors, pairs.reasons)
+      then
+        delete from level_sync.pending_pairs as pending where pending.transaction_id = new.transaction_id;
+        return null;
+      end if;
     end if;
     raise warning using
       message = format('level_sync could not carry the pairs of this transaction: %s', sqlerrm),
@@ -368,7 +405,7 @@ $$;
 comment on function level_sync._lock_free_pairs(bigint[], text[]) is
   'Locks the rows of the pairs that nobody holds, without waiting, and returns their numbers, counted from 1.';
 
-create or replace function level_sync._drain_batch()
+create or replace function level_sync._drain_batch(due_before timestamptz)
   returns integer
   language plpgsql
   security definer
@@ -394,10 +431,12 @@ begin
                 for update skip locked))
     returning pending.*
   )
-  insert into level_sync.sync_queue (queued_at, user_id, specialization, side, change, sqlstate, message, actor, reason)
-  select left_behind.queued_at, left_behind.user_id, left_behind.specialization, left_behind.side, left_behind.change,
+  insert into level_sync.sync_queue
+         (queued_at, next_attempt_at, user_id, specialization, side, change, sqlstate, message, actor, reason)
+  select left_behind.queued_at, left_behind.queued_at, left_behind.user_id, left_behind.specialization, left_behind.side, left_behind.change,
          '00000', 'left behind by its transaction', left_behind.actor, left_behind.reason
     from left_behind
+   where left_behind.change <> 'left'
    order by left_behind.pending_id;
 
   -- Coalesced: the newest entry of a pair tells which side was written last.
@@ -407,7 +446,7 @@ begin
         select queued.user_id, queued.specialization
           from level_sync.sync_queue as queued
          where queued.dead_at is null
-           and queued.next_attempt_at <= clock_timestamp()
+           and queued.next_attempt_at <= due_before
          order by queued.next_attempt_at
          limit rule.batch_size
       ) as ripe
@@ -485,7 +524,9 @@ begin
                                           'trigger', null, 1000000, free.actors, free.reasons);
 
   with outcome as materialized (
-    select pair.user_id, pair.queue_id, coalesce(pair.attempts, 0) + 1 as attempts,
+    select pair.user_id, pair.queue_id,
+           -- Held by somebody, or made by somebody who has not committed yet: later, as above.
+           coalesce(pair.attempts, 0) + case when failed.state in ('55P03', '40P01') then 0 else 1 end as attempts,
            unequal.pair_number is null as is_done,
            coalesce(failed.state, unequal.state, '55000') as state,
            coalesce(failed.message, unequal.message, 'the level did not arrive: a trigger of the other table changed or dropped the write') as message
@@ -507,7 +548,7 @@ begin
      set attempts        = outcome.attempts,
          sqlstate        = outcome.state,
          message         = outcome.message,
-         next_attempt_at = clock_timestamp() + rule.retry_backoff * power(2, least(outcome.attempts - 1, 10)),
+         next_attempt_at = clock_timestamp() + rule.retry_backoff * power(2, least(greatest(outcome.attempts - 1, 0), 10)),
          dead_at         = case when outcome.attempts >= rule.max_attempts then clock_timestamp() end
     from outcome
    where not outcome.is_done
@@ -518,8 +559,8 @@ begin
 end
 $$;
 
-comment on function level_sync._drain_batch() is
-  'Tries one batch of due pairs again, in one transaction. Returns how many pairs it took; 0 when none is due.';
+comment on function level_sync._drain_batch(timestamptz) is
+  'Tries one batch of the pairs that were due at a moment, in one transaction. Returns how many pairs it took; 0 when none is left.';
 
 -- A procedure that commits can neither be SECURITY DEFINER nor have a SET clause: what a function would pin there is
 -- set again after each COMMIT. READ COMMITTED, so that a look after a lock sees what was committed before it; other
@@ -546,11 +587,12 @@ create or replace procedure level_sync.drain_queue()
 as $$
 declare
   outer_path            constant text    := pg_catalog.current_setting('search_path');
+  started_at            constant timestamptz := pg_catalog.clock_timestamp();
   is_inside_transaction constant boolean :=
     pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
 begin
   call level_sync._begin_batch(is_inside_transaction);
-  while level_sync._drain_batch() > 0 loop
+  while level_sync._drain_batch(started_at) > 0 loop
     call level_sync._begin_batch(is_inside_transaction);
   end loop;
   perform set_config('search_path', outer_path, true);

@@ -30,7 +30,7 @@ as $$
          issue.issue_type,
          progress.current_level,
          license.current_level,
-         abs(progress.current_level - license.current_level),
+         (issue.difference - greatest(issue.difference - 2147483647, 0))::integer,  -- no more than an integer holds
          case issue.issue_type
            when 'missing_license' then 'create_license'
            when 'missing_progress' then 'create_progress'
@@ -38,7 +38,7 @@ as $$
              select case settings.conflict_policy
                       when 'progress_wins' then 'update_license'
                       when 'license_wins'  then 'update_progress'
-                      when 'highest_wins'  then case when license.current_level > progress.current_level
+                      when 'highest_wins'  then case when license.current_level > coalesce(progress.current_level, 0)
                                                      then 'update_progress' else 'update_license' end
                       when 'latest_wins'   then (
                         -- Looked up here, for the few pairs that differ: the scan below stays index-only. As seconds,
@@ -58,11 +58,13 @@ as $$
       select earned.student_id, earned.specialization_id, earned.current_level
         from public.specialization_progress as earned
        where earned.student_id between first_user and last_user
+         and earned.specialization_id is not null  -- a row without a pair is an orphan, not a desync
     ) as progress
     full join (
       select issued.user_id, issued.specialization_type, issued.current_level
         from public.user_licenses as issued
        where issued.user_id between first_user and last_user
+         and issued.specialization_type is not null
     ) as license
       on license.user_id = progress.student_id
      and license.specialization_type = progress.specialization_id
@@ -70,7 +72,8 @@ as $$
      select case when license.user_id is null then 'missing_license'
                  when progress.student_id is null then 'missing_progress'
                  else 'level_mismatch'
-            end as issue_type
+            end as issue_type,
+            abs(progress.current_level::bigint - license.current_level) as difference
    ) as issue
    where progress.student_id is null
       or license.user_id is null

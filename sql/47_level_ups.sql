@@ -84,9 +84,10 @@ begin
    where license.user_id = update_progress.student_id
      and license.specialization_type = update_progress.specialization_id;
 
+  -- At the license's level, which an insert would be given anyway, though in bulk only at commit.
   insert into public.specialization_progress
          (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects)
-  select update_progress.student_id, update_progress.specialization_id, 1, 0, 0, 0
+  select update_progress.student_id, update_progress.specialization_id, greatest(license_before, 1), 0, 0, 0
    where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
   on conflict do nothing;
   perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);

@@ -140,7 +140,7 @@ begin
     from level_sync._desync_issues_between(first_user, coalesce(last_user, 9223372036854775807)) as issues
   on conflict do nothing;
 
-  return last_user + 1;
+  return case when last_user < 9223372036854775807 then last_user + 1 end;
 end
 $$;
 
@@ -371,8 +371,8 @@ begin
   select case phase
            when 'looking' then (
              select jsonb_build_object('done', at_user - ends.first, 'total', greatest(ends.last - ends.first, 1))
-               from (select least(min(progress.student_id), (select min(license.user_id) from public.user_licenses as license)) as first,
-                            greatest(max(progress.student_id), (select max(license.user_id) from public.user_licenses as license)) as last
+               from (select least(min(progress.student_id), (select min(license.user_id) from public.user_licenses as license))::numeric as first,
+                            greatest(max(progress.student_id), (select max(license.user_id) from public.user_licenses as license))::numeric as last
                        from public.specialization_progress as progress) as ends)
            else (
              select jsonb_build_object('done', count(*) filter (where plan.outcome <> 'planned'), 'total', count(*))
@@ -420,6 +420,7 @@ create or replace procedure level_sync.reconcile(
 as $$
 declare
   outer_path            constant text    := pg_catalog.current_setting('search_path');
+  started_at            constant timestamptz := pg_catalog.clock_timestamp();
   is_inside_transaction constant boolean :=
     pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
   rule       record;
@@ -457,7 +458,7 @@ begin
     begin
       case phase
         when 'draining' then  -- Queued pairs know which side was written last.
-          if level_sync._drain_batch() = 0 then
+          if level_sync._drain_batch(started_at) = 0 then
             phase := 'looking';
           end if;
         when 'looking' then

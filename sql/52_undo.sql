@@ -1,5 +1,71 @@
 -- What a run changed can be put back, pair by pair, where nobody has changed the pair since.
 
+create or replace function level_sync._put_back(
+    run_id bigint, user_ids bigint[], specializations text[], directions text[], actions text[], old_levels integer[],
+    new_levels integer[])
+  returns bigint
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_custom_plan
+as $$
+declare
+  undone_at   constant timestamptz := clock_timestamp();
+  advanced_at constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(undone_at);
+  active_at   constant public.specialization_progress.last_activity%type := level_sync._as_utc(undone_at);
+  undone      bigint;
+begin
+  with change as materialized (
+    select * from unnest(user_ids, specializations, directions, actions, old_levels, new_levels)
+                    as change (user_id, specialization, direction, action, old_level, new_level)
+     where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
+  ), restored_licenses as (
+    update public.user_licenses as license
+       set current_level = change.old_level, last_advanced_at = advanced_at
+      from change
+     where change.direction = 'progress_to_license' and change.action = 'updated'
+       and license.user_id = change.user_id and license.specialization_type = change.specialization
+    returning change.*, license.current_level as level_now
+  ), restored_progress as (
+    update public.specialization_progress as progress
+       set current_level = change.old_level, last_activity = active_at
+      from change
+     where change.direction = 'license_to_progress' and change.action = 'updated'
+       and progress.student_id = change.user_id and progress.specialization_id = change.specialization
+    returning change.*, progress.current_level as level_now
+  ), removed_licenses as (
+    delete from public.user_licenses as license
+     using change
+     where change.direction = 'progress_to_license' and change.action = 'created'
+       and license.user_id = change.user_id and license.specialization_type = change.specialization
+    returning change.*, null::integer as level_now
+  ), removed_progress as (
+    delete from public.specialization_progress as progress
+     using change
+     where change.direction = 'license_to_progress' and change.action = 'created'
+       and progress.student_id = change.user_id and progress.specialization_id = change.specialization
+    returning change.*, null::integer as level_now
+  )
+  insert into level_sync.sync_events
+         (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id)
+  select undone_at, reversed.user_id, reversed.specialization, reversed.direction,
+         case reversed.action when 'created' then 'deleted' else 'updated' end,
+         reversed.new_level, reversed.level_now, 'undo', _put_back.run_id
+    from (
+      select * from restored_licenses
+       union all select * from restored_progress
+       union all select * from removed_licenses
+       union all select * from removed_progress
+    ) as reversed
+   where reversed.new_level is distinct from reversed.level_now;
+  get diagnostics undone = row_count;
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+  return undone;
+end
+$$;
+
+comment on function level_sync._put_back(bigint, bigint[], text[], text[], text[], integer[], integer[]) is
+  'Reverses changes of a run on pairs that are locked, and returns how many.';
+
 create or replace function level_sync.undo(run_id bigint)
   returns jsonb
   language plpgsql
@@ -9,11 +75,9 @@ create or replace function level_sync.undo(run_id bigint)
   set plan_cache_mode = force_custom_plan
 as $$
 declare
-  outer_depth text        := current_setting('level_sync.own_depth', true);
-  undone_at   constant timestamptz := clock_timestamp();
-  advanced_at constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(undone_at);
-  active_at   constant public.specialization_progress.last_activity%type := level_sync._as_utc(undone_at);
+  outer_depth text := current_setting('level_sync.own_depth', true);
   changes     record;
+  refusal     text;
   undone      bigint;
   total       bigint;
 begin
@@ -59,57 +123,29 @@ begin
    where event.run_id = undo.run_id and event.source = 'reconcile';
 
   perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
-  with change as materialized (
-    select * from unnest(changes.user_ids, changes.specializations, changes.directions, changes.actions,
-                         changes.old_levels, changes.new_levels)
-                    as change (user_id, specialization, direction, action, old_level, new_level)
-     where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
-  ), restored_licenses as (
-    update public.user_licenses as license
-       set current_level = change.old_level, last_advanced_at = advanced_at
-      from change
-     where change.direction = 'progress_to_license' and change.action = 'updated'
-       and license.user_id = change.user_id and license.specialization_type = change.specialization
-    returning change.*
-  ), restored_progress as (
-    update public.specialization_progress as progress
-       set current_level = change.old_level, last_activity = active_at
-      from change
-     where change.direction = 'license_to_progress' and change.action = 'updated'
-       and progress.student_id = change.user_id and progress.specialization_id = change.specialization
-    returning change.*
-  ), removed_licenses as (
-    delete from public.user_licenses as license
-     using change
-     where change.direction = 'progress_to_license' and change.action = 'created'
-       and license.user_id = change.user_id and license.specialization_type = change.specialization
-    returning change.*
-  ), removed_progress as (
-    delete from public.specialization_progress as progress
-     using change
-     where change.direction = 'license_to_progress' and change.action = 'created'
-       and progress.student_id = change.user_id and progress.specialization_id = change.specialization
-    returning change.*
-  )
-  insert into level_sync.sync_events
-         (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id)
-  select undone_at, reversed.user_id, reversed.specialization, reversed.direction,
-         case reversed.action when 'created' then 'deleted' else 'updated' end,
-         reversed.new_level, reversed.old_level, 'undo', undo.run_id
-    from (
-      select * from restored_licenses
-       union all select * from restored_progress
-       union all select * from removed_licenses
-       union all select * from removed_progress
-    ) as reversed;
-  get diagnostics undone = row_count;
-  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+  begin
+    undone := level_sync._put_back(run_id, changes.user_ids, changes.specializations, changes.directions, changes.actions,
+                                   changes.old_levels, changes.new_levels);
+  exception when others then
+    -- One by one, so that a row another table refers to, say, is the only one left alone.
+    undone := 0;
+    for pair in 1 .. coalesce(cardinality(changes.user_ids), 0) loop
+      begin
+        undone := undone + level_sync._put_back(run_id, changes.user_ids[pair:pair], changes.specializations[pair:pair],
+                                                changes.directions[pair:pair], changes.actions[pair:pair],
+                                                changes.old_levels[pair:pair], changes.new_levels[pair:pair]);
+      exception when others then
+        refusal := coalesce(refusal, format('user %s in %s: %s', changes.user_ids[pair], changes.specializations[pair], sqlerrm));
+      end;
+    end loop;
+  end;
   perform set_config('level_sync.own_depth', outer_depth, true);
 
   return jsonb_build_object(
     'run_id', run_id, 'undone', undone, 'left_alone', total - undone,
     'message', format('%s of %s changes of run %s put back; the others were changed since, are held, or were put back before',
-                      undone, total, run_id));
+                      undone, total, run_id)
+                 || coalesce('; refused: ' || refusal, ''));
 end
 $$;
 

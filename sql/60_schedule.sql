@@ -210,6 +210,7 @@ create or replace procedure level_sync.maintain()
 as $$
 declare
   outer_path            constant text    := pg_catalog.current_setting('search_path');
+  started_at            constant timestamptz := pg_catalog.clock_timestamp();
   is_inside_transaction constant boolean :=
     pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
 begin
@@ -218,7 +219,7 @@ begin
     call level_sync.reconcile(started_by => 'catch_up');
   end if;
   call level_sync._begin_batch(is_inside_transaction);
-  while level_sync._drain_batch() > 0 loop
+  while level_sync._drain_batch(started_at) > 0 loop
     call level_sync._begin_batch(is_inside_transaction);
   end loop;
   while level_sync._purge_batch() > 0 loop

@@ -80,7 +80,7 @@ def test_no_function_is_written_twice():
     assert sorted(names) == sorted(set(names))
 
 
-@pytest.mark.parametrize("number", [5, 8, 10, 15, 20, 30, 35])
+@pytest.mark.parametrize("number", [8, 10, 15, 20, 30, 35])
 def test_a_write_notifies_nobody_locks_no_advice_and_makes_no_temporary_table(number):
     (file,) = (TOP / "sql").glob(f"{number:02}_*.sql")
     code = code_of(file).lower()

@@ -158,7 +158,11 @@ def test_migrate_renews_what_was_granted(database, db, role, rights):
     run(database, "grant", role, "--as", rights)
     db.execute(sql.SQL("revoke execute on function level_sync._check_runs() from {}").format(sql.Identifier(role)))
     if rights == "operator":
-        db.execute(sql.SQL("revoke execute on function level_sync._drain_batch() from {}").format(sql.Identifier(role)))
+        db.execute(
+            sql.SQL("revoke execute on function level_sync._drain_batch(timestamptz) from {}").format(
+                sql.Identifier(role)
+            )
+        )
     install.migrate(database.dsn)
     connection = database.connect(role)
     assert connection.execute("select count(*) > 5 from level_sync.health").fetchone() == (True,)

@@ -22,7 +22,7 @@ MEANT_SO = {
     "_carry_licenses_to_progress": WRITTEN_AS_TEXT,
     "update_progress": WRITTEN_AS_TEXT,
     "advance_license": WRITTEN_AS_TEXT,
-    "undo": WRITTEN_AS_TEXT,
+    "_put_back": WRITTEN_AS_TEXT,
     # pg_cron lives in another database here; these look before they touch it.
     "_purge_batch": 'relation "cron.job_run_details" does not exist',
     "schedule": 'schema "cron" does not exist',
