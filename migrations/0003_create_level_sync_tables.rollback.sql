@@ -1,6 +1,9 @@
+-- A run that was killed before this step was marked as undone does it again.
 do $$
 begin
-  if to_regprocedure('level_sync._restore_rows()') is not null then
+  if to_regprocedure('level_sync._restore_rows()') is not null
+     and to_regclass('level_sync.quarantined_rows') is not null
+  then
     perform level_sync._restore_rows();
   end if;
 end

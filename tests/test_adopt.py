@@ -196,8 +196,13 @@ def test_check_on_the_command_line_has_a_stable_shape(empty_database, old):
             "user_licenses",
             "is not a table",
         ),
+        (
+            "create rule audit as on update to user_licenses do also insert into badges default values",
+            "user_licenses",
+            "has the rule audit",
+        ),
     ],
-    ids=["enum", "no level", "another schema", "view"],
+    ids=["enum", "no level", "another schema", "view", "rule"],
 )
 def test_check_says_what_cannot_be(empty_database, old, oddity, subject, words):
     old.execute(oddity)

@@ -19,6 +19,7 @@ import pytest
 
 from academy import (
     BOTH,
+    KEY,
     LICENSE,
     PROGRESS,
     add_pair,
@@ -699,6 +700,19 @@ def test_killed_at_any_moment_it_can_be_run_again_and_ends_whole(empty_database,
         assert [row for row in rows if levels_table not in str(row)] == untouched[0][kind]
 
 
+def test_rollback_killed_before_a_step_was_marked_undone_does_it_again(empty_database, adopted):
+    untouched = application_rows(adopted)
+    install.migrate(empty_database.dsn)
+    step = install.shipped("migrations") / "0003_create_level_sync_tables.rollback.sql"
+    for later in ("0008_create_reconcile_tables", "0005_restrict_orphans"):
+        adopted.execute((install.shipped("migrations") / f"{later}.rollback.sql").read_bytes())
+        adopted.execute("delete from level_sync._yoyo_migration where migration_id = %s", [later])
+    adopted.execute(step.read_bytes())
+    install.rollback(empty_database.dsn)
+    assert adopted.execute("select to_regnamespace('level_sync')").fetchone() == (None,)
+    assert application_rows(adopted) == untouched
+
+
 @contextmanager
 def live_traffic(database: Any) -> Iterator[tuple[list[float], list[str]]]:
     """Two sessions write both tables, in both orders, until the end; gives each write's seconds and each error."""
@@ -835,6 +849,32 @@ def test_an_upgrade_leaves_no_moment_without_triggers(database, db, table):
     drain(db)
     checks = {check.name: check.ok for check in verify(database.dsn)}
     assert checks["triggers"] is checks["functions"] is checks["shipped_functions"] is True
+
+
+def test_many_rows_without_keys_are_adopted_beside_writers(request, empty_database, adopted, record_property):
+    rows = 10_000_000 if request.config.getoption("proof") else 20_000
+    adopted.execute("set statement_timeout = 0; set session_replication_role = replica")
+    adopted.execute("alter table specialization_progress drop constraint uq_progress_pair")
+    adopted.execute("alter table user_licenses drop constraint uq_license_pair, drop constraint license_holder")
+    adopted.execute("create index on specialization_progress (student_id); create index on user_licenses (user_id)")
+    adopted.execute("insert into users (email) select n || '@large.test' from generate_series(1, %s) as n", [rows])
+    for table, (user, specialization) in KEY.items():
+        adopted.execute(
+            f"insert into {table} ({user}, {specialization}, current_level) select id, 'COACH', 1 from users"
+        )
+    adopted.execute("vacuum analyze")
+    with live_traffic(empty_database) as (durations, errors):
+        began = time.monotonic()
+        install.migrate(empty_database.dsn)
+        took = time.monotonic() - began
+    record_property(
+        "figure",
+        f"{rows} rows on each side adopted in {took:.1f} s; the slowest of {len(durations)} writes beside it"
+        f" took {max(durations):.2f} s",
+    )
+    assert errors == []
+    assert max(durations) < 1
+    assert levels(adopted, 1) in [(n, n) for n in range(1, 9)]
 
 
 def test_migrate_waits_in_short_tries_for_a_long_transaction_and_finishes_after_it(empty_database, adopted):

@@ -152,6 +152,13 @@ def _judge_table(table: dict[str, Any], server: dict[str, Any]) -> Iterator[Find
         yield Finding("ok", name, f"about {table['estimated_rows']:,} rows, adopted as it is")
     if name not in PAIRS:
         return
+    for rule in table["rules"] or ():
+        yield Finding(
+            "cannot",
+            name,
+            f"has the rule {rule}: PostgreSQL then refuses the statements that carry a level, and each is queued",
+            f'Make it a trigger, then: drop rule "{rule}" on public.{name};',
+        )
     if server["is_superuser"] and not table["is_owned_by_superuser"]:
         yield Finding(
             "note",

@@ -25,6 +25,8 @@ select wanted.name,
        coalesce(greatest(found.reltuples, 0), 0)::bigint as estimated_rows,
        coalesce(found.relrowsecurity, false) as has_row_security,
        coalesce(found.relforcerowsecurity, false) as forces_row_security,
+       (select array_agg(pg_rewrite.rulename::text order by pg_rewrite.rulename)
+          from pg_rewrite where pg_rewrite.ev_class = found.oid) as rules,
        (select array_agg(pg_namespace.nspname::text order by pg_namespace.nspname)
           from pg_class as elsewhere
           join pg_namespace on pg_namespace.oid = elsewhere.relnamespace
