@@ -149,6 +149,54 @@ def exit_code_of(seen) -> int:
     return check.exit_code(list(seen.values()))
 
 
+@pytest.mark.parametrize(
+    ("oddity", "verdict", "subject", "words"),
+    [
+        (
+            "update user_licenses set current_level = 99 where user_id = 4;"
+            " update specialization_progress set current_level = null where student_id = 5;"
+            " alter table specializations add column max_levels integer; update specializations set max_levels = 8",
+            "note",
+            "user_licenses",
+            "1 levels are NULL or out of range: user 4 in PLAYER",
+        ),
+        (
+            "update specialization_progress set current_level = null where student_id = 5",
+            "note",
+            "specialization_progress",
+            "1 levels are NULL or out of range: user 5 in PLAYER",
+        ),
+        ("update user_licenses set current_level = 7 where user_id <= 2", "note", "level_mismatch", "pairs: user 1 in"),
+        (
+            "insert into specializations values ('A_SPECIALIZATION_OF_A_LONG_NAME', 'x')",
+            "decide",
+            "user_licenses.specialization_type",
+            "holds 20 characters; the longest specialization id has 31",
+        ),
+        (
+            "alter table specialization_progress force row level security, enable row level security",
+            "note",
+            "specialization_progress",
+            "has row level security",
+        ),
+        ("select", "migrate", "specialization_progress.student_id", "(RESTRICT) replaces"),
+        ("select", "migrate", "user_licenses.user_id", "to users is added, ON DELETE RESTRICT"),
+        ("select", "migrate", "user_licenses", "has no unique index; one is built, concurrently"),
+        ("select", "note", "user_licenses", "is referred to by"),
+        ("select", "ok", "server", "PostgreSQL"),
+    ],
+)
+def test_check_tells(empty_database, old, oddity, verdict, subject, words):
+    old.execute(oddity)
+    told = [
+        finding
+        for finding in check.check(empty_database.dsn)
+        if (finding.verdict, finding.subject) == (verdict, subject)
+    ]
+    assert any(words in finding.detail for finding in told), told
+    assert all(finding.fix for finding in told if verdict == "decide")
+
+
 def test_check_says_when_the_triggers_would_be_stronger_than_the_tables_owner(empty_database, old):
     about = "but the triggers would run with the rights of superuser"
     assert not [finding for finding in check.check(empty_database.dsn) if about in finding.detail]
