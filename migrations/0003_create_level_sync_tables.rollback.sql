@@ -1,10 +1,10 @@
 -- A run that was killed before this step was marked as undone does it again.
 do $$
 begin
-  if to_regprocedure('level_sync._restore_rows()') is not null
+  if to_regprocedure('level_sync._restore_rows_or_stop()') is not null
      and to_regclass('level_sync.quarantined_rows') is not null
   then
-    perform level_sync._restore_rows();
+    perform level_sync._restore_rows_or_stop();
   end if;
 end
 $$;

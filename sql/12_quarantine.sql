@@ -67,7 +67,7 @@ as $$
 declare
   stray record;
 begin
-  select count(*) as count, (array_agg(format('user %s in %s', found.user_id, found.specialization)))[1:5] as examples
+  select count(*) as count, (array_agg(format('user %s in %s', coalesce(found.user_id::text, 'NULL'), coalesce(found.specialization, 'NULL'))))[1:5] as examples
     into stray
     from level_sync._stray_rows(on_table, why) as found;
   if stray.count > 0 then
@@ -181,6 +181,27 @@ begin
   end loop;
 end
 $$;
+
+-- A rollback drops the table they are kept in.
+create or replace function level_sync._restore_rows_or_stop()
+  returns void
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  outcome record;
+begin
+  select * into outcome from level_sync._restore_rows();
+  if outcome.left_aside > 0 then
+    raise object_not_in_prerequisite_state using
+      message = format('%s row(s) of level_sync.quarantined_rows cannot come back: %s', outcome.left_aside, outcome.reason),
+      hint    = 'They would be lost. Remove what forbids them, or copy them elsewhere and delete them there; then roll back again.';
+  end if;
+end
+$$;
+
+comment on function level_sync._restore_rows_or_stop() is
+  'Puts every quarantined row back, or raises object_not_in_prerequisite_state: what a rollback does before it drops them.';
 
 comment on function level_sync._restore_rows() is
   'Puts quarantined rows back where nothing forbids it any more; tells how many came back, how many could not, and why the first could not.';

@@ -330,6 +330,34 @@ def test_rollback_leaves_schema_and_rows_as_they_were(empty_database, old):
     assert not difference, difference
 
 
+def test_rollback_brings_rows_back_though_migrate_had_added_columns(empty_database, old):
+    old.execute("alter table specialization_progress drop column completed_sessions, drop column completed_projects")
+    old.execute("alter table user_licenses drop column last_advanced_at")
+    old.execute(DUPLICATES)
+    old.execute(ORPHANS)
+    before = dump(empty_database)
+    assert run(empty_database, "migrate", "--quarantine-orphans", "--merge-duplicates").exit_code == 0
+    assert run(empty_database, "rollback", "--yes").exit_code == 0
+    difference = "\n".join(unified_diff(before, dump(empty_database), n=0, lineterm=""))
+    assert not difference, difference
+
+
+def test_rollback_stops_where_a_row_cannot_come_back_and_loses_nothing(empty_database, old):
+    old.execute(ORPHANS)
+    assert run(empty_database, "migrate", "--quarantine-orphans").exit_code == 0
+    old.execute("alter table user_licenses add constraint no_jugglers check (specialization_type <> 'JUGGLER')")
+    stopped = run(empty_database, "rollback", "--yes")
+    assert stopped.exit_code == 1
+    assert "1 row(s) of level_sync.quarantined_rows cannot come back: user 1 in JUGGLER" in stopped.stderr
+    assert "roll back again" in stopped.stderr
+    assert old.execute("select count(*) from level_sync.quarantined_rows").fetchone() == (2,)
+    half = run(empty_database, "verify", "--json")
+    assert json.loads(half.stdout)["exit_code"] == half.exit_code != 0
+    old.execute("alter table user_licenses drop constraint no_jugglers")
+    assert run(empty_database, "rollback", "--yes").exit_code == 0
+    assert old.execute("select count(*) from user_licenses where specialization_type = 'JUGGLER'").fetchone() == (1,)
+
+
 def test_restore_brings_rows_back_byte_for_byte_once_nothing_forbids_it(empty_database, old):
     old.execute(ORPHANS)
     rows = old.execute("select * from user_licenses order by id").fetchall()

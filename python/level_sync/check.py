@@ -149,7 +149,8 @@ def _judge_table(table: dict[str, Any], server: dict[str, Any]) -> Iterator[Find
             f'Run as {table["owner"]}, or: grant "{table["owner"]}" to "{server["role"]}";',
         )
     else:
-        yield Finding("ok", name, f"about {table['estimated_rows']:,} rows, adopted as it is")
+        rows = "never analyzed" if table["estimated_rows"] is None else f"about {table['estimated_rows']:,} rows"
+        yield Finding("ok", name, f"{rows}, adopted as it is")
     if name not in PAIRS:
         return
     for rule in table["rules"] or ():

@@ -22,7 +22,7 @@ select wanted.name,
        coalesce(pg_has_role(found.relowner, 'usage'), true) as is_owned,
        pg_get_userbyid(found.relowner) as owner,
        (select pg_roles.rolsuper from pg_roles where pg_roles.oid = found.relowner) as is_owned_by_superuser,
-       coalesce(greatest(found.reltuples, 0), 0)::bigint as estimated_rows,
+       nullif(found.reltuples, -1)::bigint as estimated_rows,
        coalesce(found.relrowsecurity, false) as has_row_security,
        coalesce(found.relforcerowsecurity, false) as forces_row_security,
        (select array_agg(pg_rewrite.rulename::text order by pg_rewrite.rulename)

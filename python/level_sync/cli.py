@@ -203,7 +203,7 @@ def migrate(
         applied = install.migrate(dsn, quarantine_orphans=quarantine_orphans, merge_duplicates=merge_duplicates)
         for migration in applied:
             console.print(f"applied {migration}")
-        console.print(f"{len(applied)} migration(s) applied; triggers, functions and views are those of this version.")
+        console.print("Up to date: tables, triggers, functions and views are those of this version.")
 
 
 @app.command()
@@ -432,7 +432,12 @@ def verify(
     orphans, 32 no connection. What could not be checked counts as not good.
     """
     with _plain_errors():
-        checks = verification.verify(dsn, live=live)
+        try:
+            checks = verification.verify(dsn, live=live)
+        except psycopg.OperationalError as error:
+            if not as_json or error.sqlstate is not None:
+                raise
+            checks = [verification.Check("connection", False, _message(error), "Give --dsn, or set DATABASE_URL.")]
     code = verification.exit_code(checks)
     if as_json:
         typer.echo(json.dumps({"ok": code == 0, "exit_code": code, "checks": [check.as_json() for check in checks]}))

@@ -36,6 +36,7 @@ BITS = {
     "queue_draining": QUEUE,
     "foreign_keys": FOREIGN_KEYS,
     "orphans": FOREIGN_KEYS,
+    "connection": NO_CONNECTION,
 }
 
 SHIPPED_FUNCTION = re.compile(
@@ -73,9 +74,12 @@ def exit_code(checks: list[Check]) -> int:
 def verify(dsn: str, *, live: bool = False) -> list[Check]:
     """Makes every check. Raises psycopg.OperationalError where there is no connection."""
     with connect(dsn) as connection:
-        if not queries.has_schema(connection):
-            return [Check("installation", False, "schema level_sync does not exist", "Run level-sync migrate.")]
-        checks = [Check(**row) for row in queries.health(connection)]
+        if not queries.is_installed(connection):
+            return [Check("installation", False, "level_sync is not there, or only half", "Run level-sync migrate.")]
+        try:
+            checks = [Check(**row) for row in queries.health(connection)]
+        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction) as error:
+            return [Check("installation", False, f"only half there: {str(error).strip()}", "Run level-sync migrate.")]
         checks.append(_compare_with_shipped(connection))
         if live:
             checks += _write_live(connection)
