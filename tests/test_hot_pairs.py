@@ -5,40 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from academy import add_pairs, drain
 
 CLIENTS = 8
 HOT_PAIRS = 10
 
-# As tutorials show it: each table's trigger updates the other where it differs.
-NAIVE_TRIGGERS = """
-create table specialization_progress (
-  student_id bigint, specialization_id text, current_level integer not null,
-  primary key (student_id, specialization_id));
-create table user_licenses (
-  user_id bigint, specialization_type text, current_level integer not null,
-  primary key (user_id, specialization_type));
-insert into specialization_progress select n, 'PLAYER', 1 from generate_series(1, 10) as n;
-insert into user_licenses select n, 'PLAYER', 1 from generate_series(1, 10) as n;
-
-create function follow_progress() returns trigger language plpgsql as $$
-begin
-  update user_licenses set current_level = new.current_level
-   where user_id = new.student_id and specialization_type = new.specialization_id
-     and current_level <> new.current_level;
-  return null;
-end $$;
-create function follow_license() returns trigger language plpgsql as $$
-begin
-  update specialization_progress set current_level = new.current_level
-   where student_id = new.user_id and specialization_id = new.specialization_type
-     and current_level <> new.current_level;
-  return null;
-end $$;
-create trigger follow after update on specialization_progress for each row execute function follow_progress();
-create trigger follow after update on user_licenses for each row execute function follow_license();
-"""
+NAIVE_TRIGGERS = Path(__file__).with_name("naive_triggers.sql").read_bytes()
 
 
 ONE_WRITE = """
@@ -87,7 +61,7 @@ def test_hot_pairs_written_on_both_sides_fail_no_write_and_leave_naive_triggers_
     database, empty_database, db, request, tmp_path, record_property
 ):
     # How soon naive triggers collapse is chance: they get longer, so that the ratio scatters less.
-    seconds, naive_seconds, times = (10, 40, 50) if request.config.getoption("proof") else (3, 6, 5)
+    seconds, naive_seconds, times = (10, 40, 50) if request.config.getoption("proof") else (3, 6, 1)
     naive_db = empty_database.connect()
     naive_db.execute(NAIVE_TRIGGERS)
     add_pairs(db, HOT_PAIRS)
