@@ -28,7 +28,8 @@ begin
   if tg_op = 'UPDATE' and (old.student_id = new.student_id and old.specialization_id = new.specialization_id) is not true then
     if pending = 'on' then
       insert into level_sync.pending_pairs (user_id, specialization, side, change)
-      values (old.student_id, old.specialization_id, 'progress', 'left');
+      select old.student_id, old.specialization_id, 'progress', 'left'
+       where old.student_id is not null and old.specialization_id is not null;
     end if;
     return null;
   end if;
@@ -419,7 +420,8 @@ create or replace function level_sync.note_deleted_progress()
 as $$
 begin
   insert into level_sync.pending_pairs (user_id, specialization, side, change)
-  values (old.student_id, old.specialization_id, 'progress', 'left');
+  select old.student_id, old.specialization_id, 'progress', 'left'
+   where old.student_id is not null and old.specialization_id is not null;
   return null;
 end
 $$;

@@ -28,7 +28,8 @@ begin
   if tg_op = 'UPDATE' and (old.user_id = new.user_id and old.specialization_type = new.specialization_type) is not true then
     if pending = 'on' then
       insert into level_sync.pending_pairs (user_id, specialization, side, change)
-      values (old.user_id, old.specialization_type, 'license', 'left');
+      select old.user_id, old.specialization_type, 'license', 'left'
+       where old.user_id is not null and old.specialization_type is not null;
     end if;
     return null;
   end if;
@@ -415,7 +416,8 @@ create or replace function level_sync.note_deleted_license()
 as $$
 begin
   insert into level_sync.pending_pairs (user_id, specialization, side, change)
-  values (old.user_id, old.specialization_type, 'license', 'left');
+  select old.user_id, old.specialization_type, 'license', 'left'
+   where old.user_id is not null and old.specialization_type is not null;
   return null;
 end
 $$;

@@ -5,7 +5,21 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from academy import BOTH, KEY, LICENSE, OTHER, PROGRESS, add_pairs, configure, delete, insert, levels, queued, set_level
+from academy import (
+    BOTH,
+    KEY,
+    LICENSE,
+    OTHER,
+    PROGRESS,
+    add_pairs,
+    bypass,
+    configure,
+    delete,
+    insert,
+    levels,
+    queued,
+    set_level,
+)
 
 PAIRS = 40
 ON_DELETE = pytest.mark.parametrize("on_delete", ["restrict", "propagate", "recreate"])
@@ -130,6 +144,25 @@ def test_one_held_row_arms_a_set_that_leaves_deletions_alone(database, db, table
         write()
     holder.rollback()
     assert levels(db, 3) == (3, 3)
+
+
+@BOTH
+def test_a_row_without_a_pair_is_deleted_and_moved_as_ever(bulk, table):
+    """On adopted tables the key may be NULL."""
+    user, specialization = KEY[table]
+    bulk.execute(f"alter table {table} drop constraint {table}_pkey")
+    bulk.execute(f"alter table {table} alter column {user} drop not null, alter column {specialization} drop not null")
+    with bypass(bulk):
+        bulk.execute(
+            f"insert into {table} ({user}, {specialization}, current_level) values (1, null, 1), (null, null, 1)"
+        )
+    bulk.execute("insert into specializations (id) values ('CHESS')")
+    with bulk.transaction():
+        set_level(bulk, table, 2, 6)
+        bulk.execute(f"delete from {table} where {user} is null")
+        bulk.execute(f"update {table} set {specialization} = 'CHESS' where {specialization} is null")
+    assert levels(bulk, 2) == (6, 6)
+    assert levels(bulk, 1, "CHESS") == (1, 1)
 
 
 def test_nothing_pending_is_left_by_any_of_it(bulk):

@@ -25,6 +25,8 @@ from academy import (
     set_level,
     user_trigger,
 )
+from level_sync import install
+from level_sync.verify import verify
 
 GREATEST_ID = 2**63 - 1
 
@@ -221,9 +223,6 @@ def test_update_progress_for_a_license_alone_takes_no_level_away(db, inline_limi
 
 
 def test_a_function_of_an_older_version_is_gone_after_migrate(database, db):
-    from level_sync import install
-    from level_sync.verify import verify
-
     db.execute("create function level_sync._older(integer) returns integer language sql as 'select 1'")
     install.migrate(database.dsn)
     assert db.execute("select to_regproc('level_sync._older')").fetchone() == (None,)

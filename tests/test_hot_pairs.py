@@ -15,16 +15,7 @@ HOT_PAIRS = 10
 NAIVE_TRIGGERS = Path(__file__).with_name("naive_triggers.sql").read_bytes()
 
 
-ONE_WRITE = """
-\\set pair random(1, 10)
-\\set level random(1, 8)
-\\set side random(1, 2)
-\\if :side = 1
-update specialization_progress set current_level = :level where student_id = :pair and specialization_id = 'PLAYER';
-\\else
-update user_licenses set current_level = :level where user_id = :pair and specialization_type = 'PLAYER';
-\\endif
-"""
+ONE_WRITE = Path(__file__).with_name("one_write_of_a_hot_pair.sql")
 
 
 @dataclass
@@ -33,14 +24,12 @@ class Outcome:
     failures: int
 
 
-def hammer(database, directory, seconds: int) -> Outcome:
+def hammer(database, seconds: int) -> Outcome:
     """Every client writes a random level of a random hot pair on a random side, one write a transaction."""
-    script = directory / "one_write.sql"
-    script.write_text(ONE_WRITE)
     command = [
         database.server.binaries / "pgbench",
         *("--no-vacuum", "--protocol=prepared", f"--client={CLIENTS}", "--jobs=2", f"--time={seconds}"),
-        f"--file={script}",
+        f"--file={ONE_WRITE}",
         database.dsn,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -58,7 +47,7 @@ def deadlocks(db) -> int:
 
 
 def test_hot_pairs_written_on_both_sides_fail_no_write_and_leave_naive_triggers_behind(
-    database, empty_database, db, request, tmp_path, record_property
+    database, empty_database, db, request, record_property
 ):
     # How soon naive triggers collapse is chance: they get longer, so that the ratio scatters less.
     seconds, naive_seconds, times = (10, 40, 50) if request.config.getoption("proof") else (3, 6, 1)
@@ -66,8 +55,8 @@ def test_hot_pairs_written_on_both_sides_fail_no_write_and_leave_naive_triggers_
     naive_db.execute(NAIVE_TRIGGERS)
     add_pairs(db, HOT_PAIRS)
 
-    naive = hammer(empty_database, tmp_path, naive_seconds)
-    ours = hammer(database, tmp_path, seconds)
+    naive = hammer(empty_database, naive_seconds)
+    ours = hammer(database, seconds)
 
     record_property(
         "figure",

@@ -10,9 +10,6 @@ select pg_advisory_unlock(hashtext('level_sync migrate'))
 -- name: has_schema()$
 select to_regnamespace('level_sync') is not null
 
--- name: is_installed()$
-select to_regclass('level_sync.health') is not null
-
 -- name: create_schema()!
 create schema level_sync
 

@@ -48,16 +48,7 @@ XP = """
 update specialization_progress set total_xp = total_xp + 10
  where student_id = :pair and specialization_id = 'PLAYER';
 """
-BOTH_SIDES = """
-\\set pair random(1, 10)
-\\set level random(1, 8)
-\\set side random(1, 2)
-\\if :side = 1
-update specialization_progress set current_level = :level where student_id = :pair and specialization_id = 'PLAYER';
-\\else
-update user_licenses set current_level = :level where user_id = :pair and specialization_type = 'PLAYER';
-\\endif
-"""
+BOTH_SIDES = (Path(__file__).parents[1] / "one_write_of_a_hot_pair.sql").read_text()
 # What is in step, found in one query as the planner likes it best.
 BARE_JOIN = """
 select count(*)
