@@ -86,7 +86,16 @@ def start_server(kind: str, directory: Path) -> Server:
         connection.execute("create database cron_home")
     with psycopg.connect(dsn_of(system, "cron_home"), autocommit=True) as connection:
         connection.execute("create extension pg_cron")
+        wait_for_launcher(connection)
     return system
+
+
+def wait_for_launcher(connection: psycopg.Connection[Any]) -> None:
+    """pg_cron's launcher looks for its database again each second."""
+    deadline = time.monotonic() + 20
+    while not connection.execute("select from pg_stat_activity where backend_type like 'pg_cron%'").fetchall():
+        assert time.monotonic() < deadline, "pg_cron's launcher does not come up"
+        time.sleep(0.1)
 
 
 @contextmanager

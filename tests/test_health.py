@@ -10,7 +10,7 @@ import pytest
 
 from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, delete, set_level, user_trigger
 from command_line import run
-from conftest import dsn_of, temporary_directory
+from conftest import dsn_of, temporary_directory, wait_for_launcher
 from level_sync import install, schedule
 from level_sync.servers import CRON_CONFIGURATION, SystemServer, has_extension, system_binaries
 from level_sync.verify import (
@@ -260,11 +260,7 @@ def with_cron():
                 install.migrate(dsn)
                 connection.execute("call level_sync.reconcile()")
                 connection.execute("select level_sync.schedule()")
-                # The launcher looks for its database again each second.
-                while not connection.execute(
-                    "select from pg_stat_activity where backend_type like 'pg_cron%'"
-                ).fetchall():
-                    time.sleep(0.1)
+                wait_for_launcher(connection)
                 yield dsn
         finally:
             server.stop()
