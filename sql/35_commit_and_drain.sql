@@ -179,7 +179,7 @@ begin
         raise;
       end if;
     end;
-    first_pair := case when has_failed then suspect else chunk_to end + 1;
+    first_pair := suspect + 1;
   end loop;
 end
 $$;
