@@ -484,9 +484,13 @@ begin
     return 0;
   end if;
 
+  -- The row that was written may be gone, by a way that triggers do not see: then the one that is left is the truth.
   select array_agg(pair.user_id order by pair.pair_number) as user_ids,
          array_agg(pair.specialization order by pair.pair_number) as specializations,
-         array_agg(pair.side order by pair.pair_number) as sides,
+         array_agg(case when pair.change = 'deleted' then pair.side
+                        when progress.student_id is null and license.user_id is not null then 'license'
+                        when license.user_id is null and progress.student_id is not null then 'progress'
+                        else pair.side end order by pair.pair_number) as sides,
          array_agg(pair.change order by pair.pair_number) as changes,
          array_agg(pair.queue_id order by pair.pair_number) as queue_ids,
          array_agg(pair.attempts order by pair.pair_number) as attempts,
@@ -498,6 +502,10 @@ begin
                 pairs.actors, pairs.reasons)
            with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, actor, reason, pair_number)
       on pair.pair_number = lockable.pair_number
+    left join public.specialization_progress as progress
+      on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+    left join public.user_licenses as license
+      on license.user_id = pair.user_id and license.specialization_type = pair.specialization
    -- Written since the queue was read: the newer entry, not this one, knows the side.
    where not exists (
            select from level_sync.sync_queue as newer

@@ -118,7 +118,7 @@ def configure(db: Connection, **settings: Any) -> None:
 
 
 def user_trigger(
-    db: Connection, event: str, body: str, *, condition: str = "", name: str = "of_the_application"
+    db: Connection, event: str, body: str, *, condition: str = "", name: str = "of_the_application", argument: str = ""
 ) -> None:
     """A trigger as an application's own: user_trigger(db, 'before update on t', 'new.x := 1')."""
     db.execute(f"""
@@ -127,7 +127,7 @@ def user_trigger(
           {body};
           return new;
         end $$;
-        create trigger {name} {event} for each row {condition} execute function public.{name}();
+        create trigger {name} {event} for each row {condition} execute function public.{name}({argument});
     """)
 
 

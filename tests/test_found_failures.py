@@ -17,7 +17,9 @@ from academy import (
     add_pairs,
     bypass,
     configure,
+    delete,
     drain,
+    drop_user_trigger,
     insert,
     last_run,
     levels,
@@ -227,3 +229,16 @@ def test_a_function_of_an_older_version_is_gone_after_migrate(database, db):
     install.migrate(database.dsn)
     assert db.execute("select to_regproc('level_sync._older')").fetchone() == (None,)
     assert {check.name: check.ok for check in verify(database.dsn)}["shipped_functions"] is True
+
+
+@BOTH
+def test_a_queued_pair_whose_written_row_has_vanished_is_made_whole_by_the_drain(db, table):
+    add_pairs(db, 1)
+    user_trigger(db, f"before update on {OTHER[table]}", "raise 'not now'")
+    set_level(db, table, 1, 5)
+    drop_user_trigger(db)
+    with bypass(db):
+        delete(db, table, 1)
+    drain(db)
+    assert levels(db, 1) == (3, 3)
+    assert queued(db) == []
