@@ -1,0 +1,142 @@
+"""Concurrent writes of hot pairs, recorded, and judged afterwards: no acknowledged write is lost."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from itertools import count
+from typing import Any
+
+import psycopg
+import pytest
+
+from academy import KEY, LICENSE, PROGRESS, add_pairs, configure, drain, levels, queued
+from history_checker import Level, Write, faults
+
+CLIENTS = 8
+PAIRS = 6
+
+
+@pytest.mark.parametrize(
+    ("writes", "end", "is_fine"),
+    [
+        pytest.param([(4, 0, 1), (5, 2, 3)], (5, 5), True, id="the last one stands"),
+        pytest.param([(4, 0, 1), (5, 2, 3)], (4, 4), False, id="an overwritten one came back"),
+        pytest.param([(4, 0, 1), (5, 2, 3)], (5, 4), False, id="split"),
+        pytest.param([(4, 0, 3), (5, 1, 2)], (4, 4), True, id="of two at once either may be last"),
+        pytest.param([(4, 0, 3), (5, 1, 2)], (5, 5), True, id="of two at once the other may"),
+        pytest.param([(4, 0, 1)], (7, 7), False, id="nobody wrote that"),
+        pytest.param([(4, 0, 1), (5, 2, None)], (4, 4), True, id="no answer: it may not have happened"),
+        pytest.param([(4, 0, 1), (5, 2, None)], (5, 5), True, id="no answer: it may have happened"),
+        pytest.param([(4, 0, None), (5, 2, 3)], (4, 4), True, id="no answer: it may have come late"),
+        pytest.param([(4, 0, 1), (None, 2, 3, "delete")], (None, None), True, id="deleted"),
+        pytest.param([(4, 0, 1), (None, 2, 3, "delete")], (4, 4), False, id="a deleted pair came back"),
+        pytest.param([(6, 0, 1), (4, 2, 3, "insert")], (6, 6), True, id="an insert does not demote"),
+        pytest.param([(4, 0, 1), (6, 2, 3, "insert")], (4, 4), False, id="an insert of more was lost"),
+    ],
+)
+def test_the_checker_tells_good_histories_from_bad_ones(writes, end, is_fine):
+    history = [Write(1, level, began, ended, *kind) for level, began, ended, *kind in writes]
+    assert (faults(history, {1: end}) == []) is is_fine
+
+
+class Client(threading.Thread):
+    """Writes random pairs until told to stop, each transaction's writes recorded once it is known what became of it."""
+
+    def __init__(self, dsn: str, number: int, stop: threading.Event) -> None:
+        super().__init__()
+        self.dsn, self.stopped = dsn, stop
+        self.choice = random.Random(number)  # noqa: S311
+        self.history: list[Write] = []
+        self.failures: list[str] = []
+
+    def run(self) -> None:
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            while not self.stopped.is_set():
+                pair = self.choice.randint(1, PAIRS)
+                write = self.choice.choices(
+                    [self.update, self.twice, self.rolled_back, self.upsert, self.delete, self.in_bulk],
+                    [12, 3, 2, 3, 1, 1],
+                )[0]
+                try:
+                    write(connection, pair)
+                except psycopg.Error as error:
+                    self.failures.append(f"{write.__name__}: {error.sqlstate} {error}")
+
+    def set_level(self, connection: psycopg.Connection[Any], table: str, pair: int) -> Level:
+        level = self.choice.randint(1, 8)
+        updated = connection.execute(f"update {table} set current_level = %s where {KEY[table][0]} = %s", [level, pair])
+        return level if updated.rowcount else None
+
+    def update(self, connection: psycopg.Connection[Any], pair: int) -> None:
+        began = time.monotonic()
+        level = self.set_level(connection, self.choice.choice([PROGRESS, LICENSE]), pair)
+        if level:
+            self.history.append(Write(pair, level, began, time.monotonic()))
+
+    def twice(self, connection: psycopg.Connection[Any], pair: int) -> None:
+        """Both tables, in one order for everybody, as an application does that does not want deadlocks."""
+        began = time.monotonic()
+        with connection.transaction():
+            written = [level for table in (PROGRESS, LICENSE) if (level := self.set_level(connection, table, pair))]
+        if written:
+            self.history.append(Write(pair, written[-1], began, time.monotonic()))
+
+    def rolled_back(self, connection: psycopg.Connection[Any], pair: int) -> None:
+        with connection.transaction(force_rollback=True):
+            self.set_level(connection, self.choice.choice([PROGRESS, LICENSE]), pair)
+
+    def upsert(self, connection: psycopg.Connection[Any], pair: int) -> None:
+        table, level, began = self.choice.choice([PROGRESS, LICENSE]), self.choice.randint(1, 8), time.monotonic()
+        key = ", ".join(KEY[table])
+        inserted = connection.execute(
+            f"insert into {table} ({key}, current_level) values (%s, 'PLAYER', %s) on conflict do nothing",
+            [pair, level],
+        )
+        if inserted.rowcount:
+            self.history.append(Write(pair, level, began, time.monotonic(), "insert"))
+
+    def delete(self, connection: psycopg.Connection[Any], pair: int) -> None:
+        began = time.monotonic()
+        with connection.transaction():
+            gone = [
+                connection.execute(f"delete from {table} where {KEY[table][0]} = %s", [pair]).rowcount
+                for table in (PROGRESS, LICENSE)
+            ]
+        if all(gone):
+            self.history.append(Write(pair, None, began, time.monotonic(), "delete"))
+
+    def in_bulk(self, connection: psycopg.Connection[Any], _: int) -> None:
+        table, level, began = self.choice.choice([PROGRESS, LICENSE]), self.choice.randint(1, 8), time.monotonic()
+        # In key order: whoever locks rows in another order than others deadlocks with or without triggers.
+        updated = connection.execute(
+            f"with locked as materialized (select {KEY[table][0]} as pair from {table} order by 1 for no key update)"
+            f" update {table} set current_level = %s from locked where {KEY[table][0]} = locked.pair returning pair",
+            [level],
+        )
+        pairs = [pair for (pair,) in updated.fetchall()]
+        self.history += [Write(pair, level, began, time.monotonic()) for pair in pairs]
+
+
+@pytest.mark.parametrize("inline_limit", [32, 0])
+def test_no_acknowledged_write_is_lost_on_hot_pairs(database, db, request, record_property, inline_limit):
+    configure(db, inline_limit=inline_limit, on_delete="propagate")
+    add_pairs(db, PAIRS)
+    stop = threading.Event()
+    numbers = count(1)
+    clients = [Client(database.dsn, next(numbers), stop) for _ in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    time.sleep(60 if request.config.getoption("proof") else 2)
+    stop.set()
+    for client in clients:
+        client.join()
+    waiting = len(queued(db))
+    drain(db)
+
+    history = [write for client in clients for write in client.history]
+    history += [Write(pair, 3, -1, -1) for pair in range(1, PAIRS + 1)]
+    assert [failure for client in clients for failure in client.failures] == []
+    assert faults(history, {pair: levels(db, pair) for pair in range(1, PAIRS + 1)}) == []
+    record_property("figure", f"{len(history)} acknowledged writes of {PAIRS} pairs, {waiting} pairs queued at the end")
