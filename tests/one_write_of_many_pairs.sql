@@ -1,0 +1,11 @@
+-- For pgbench, with pairs defined: a random level, of one of ten hot pairs or of any, on either side.
+\set hot random(1, 10)
+\set pair random(1, :pairs)
+\set pair case when random(1, 2) = 1 then :hot else :pair end
+\set level random(1, 8)
+\set side random(1, 2)
+\if :side = 1
+update specialization_progress set current_level = :level where student_id = :pair and specialization_id = 'PLAYER';
+\else
+update user_licenses set current_level = :level where user_id = :pair and specialization_type = 'PLAYER';
+\endif
