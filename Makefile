@@ -1,7 +1,8 @@
 # make demo   the story, on an embedded PostgreSQL that stays up for a look around; make stop removes it
 #             with SERVER=system on the machine's own PostgreSQL, where pg_cron is seen to run the job
 # make test   everything the tests need, then the tests
-# make proof  the same with long versions; make bench: level_sync against what people would use instead
+# make proof  the same with long versions, one after the other: about an hour, or a part of it with
+#             make proof PROOF=tests/test_crashes.py; make bench: level_sync against what people would use instead
 #             make bench BENCH='--server embedded --only one,hot' for a part; --help says what else
 
 PYTHON ?= python3
@@ -31,7 +32,7 @@ test: $(VENV)/.test
 
 proof: $(VENV)/.test
 	@tests/install_server_packages
-	$(BIN)/pytest --proof
+	$(BIN)/pytest --proof --numprocesses=0 --verbose $(PROOF)
 
 bench: $(VENV)/.bench
 	@tests/install_server_packages

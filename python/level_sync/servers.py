@@ -109,6 +109,9 @@ class EmbeddedServer:
             file.write(CONFIGURATION.format(socket_directory=self.directory) + configuration)
         server.start()
 
+    def start(self) -> None:
+        self._handle(start=False).start()
+
     def stop(self) -> None:
         """Stops the server and removes its directory."""
         self._handle(start=True).stop()
