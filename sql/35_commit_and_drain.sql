@@ -413,10 +413,11 @@ create or replace function level_sync._drain_batch(due_before timestamptz)
   set lock_timeout = '100ms'
 as $$
 declare
-  rule       record;
-  pairs      record;
-  free       record;
-  failures   record;
+  rule             record;
+  pairs            record;
+  lockable_numbers bigint[];
+  free             record;
+  failures         record;
 begin
   select settings.batch_size, settings.max_attempts, settings.retry_backoff
     into rule
@@ -484,20 +485,27 @@ begin
     return 0;
   end if;
 
+  -- A statement of its own: the next one's snapshot has what was written until the locks were taken.
+  select array_agg(lockable.pair_number)
+    into lockable_numbers
+    from level_sync._lock_free_pairs(pairs.user_ids, pairs.specializations) as lockable;
+
   -- The row that was written may be gone, by a way that triggers do not see: then the one that is left is the truth.
+  -- A missing row cannot be locked: should it come just now, the higher of the two levels stands, as for any insert.
   select array_agg(pair.user_id order by pair.pair_number) as user_ids,
          array_agg(pair.specialization order by pair.pair_number) as specializations,
          array_agg(case when pair.change = 'deleted' then pair.side
                         when progress.student_id is null and license.user_id is not null then 'license'
                         when license.user_id is null and progress.student_id is not null then 'progress'
                         else pair.side end order by pair.pair_number) as sides,
-         array_agg(pair.change order by pair.pair_number) as changes,
+         array_agg(case when pair.change = 'level_changed' and (progress.student_id is null or license.user_id is null)
+                        then 'created' else pair.change end order by pair.pair_number) as changes,
          array_agg(pair.queue_id order by pair.pair_number) as queue_ids,
          array_agg(pair.attempts order by pair.pair_number) as attempts,
          array_agg(pair.actor order by pair.pair_number) as actors,
          array_agg(pair.reason order by pair.pair_number) as reasons
     into free
-    from level_sync._lock_free_pairs(pairs.user_ids, pairs.specializations) as lockable
+    from unnest(lockable_numbers) as lockable (pair_number)
     join unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.queue_ids, pairs.attempts,
                 pairs.actors, pairs.reasons)
            with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, actor, reason, pair_number)
