@@ -101,16 +101,18 @@ class Application(threading.Thread):
                 pairs = list(range(1, PAIRS + 1)) if bulk else [self.choice.randint(1, PAIRS)]
                 began = time.monotonic()
                 try:
-                    connection.execute(
-                        f"update {table} set current_level = %s from (select {user} as pair from {table}"
-                        f" where {user} = any (%s) order by 1 for no key update) as locked where {user} = locked.pair",
-                        [level, pairs],
-                    )
+                    # A level that stands already is no change, and nothing that has to arrive anywhere.
+                    changed = connection.execute(
+                        f"update {table} set current_level = %(level)s from (select {user} as pair from {table}"
+                        f" where {user} = any (%(pairs)s) order by 1 for no key update) as locked"
+                        f" where {user} = locked.pair and current_level <> %(level)s returning {user}",
+                        {"level": level, "pairs": pairs},
+                    ).fetchall()
                 except psycopg.Error as error:
                     self.history += [Write(pair, level, began, None) for pair in pairs]
                     self.error = error
                     return
-                self.history += [Write(pair, level, began, time.monotonic()) for pair in pairs]
+                self.history += [Write(pair, level, began, time.monotonic()) for (pair,) in changed]
 
 
 def break_pairs(db: psycopg.Connection[Any], *, queue: bool) -> None:

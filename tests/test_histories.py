@@ -65,8 +65,13 @@ class Client(threading.Thread):
                     self.failures.append(f"{write.__name__}: {error.sqlstate} {error}")
 
     def set_level(self, connection: psycopg.Connection[Any], table: str, pair: int) -> Level:
+        """The level that was written; None where it stood there already, which is no change, or there is no row."""
         level = self.choice.randint(1, 8)
-        updated = connection.execute(f"update {table} set current_level = %s where {KEY[table][0]} = %s", [level, pair])
+        updated = connection.execute(
+            f"update {table} set current_level = %(level)s"
+            f" where {KEY[table][0]} = %(pair)s and current_level <> %(level)s",
+            {"level": level, "pair": pair},
+        )
         return level if updated.rowcount else None
 
     def update(self, connection: psycopg.Connection[Any], pair: int) -> None:
@@ -112,8 +117,9 @@ class Client(threading.Thread):
         # In key order: whoever locks rows in another order than others deadlocks with or without triggers.
         updated = connection.execute(
             f"with locked as materialized (select {KEY[table][0]} as pair from {table} order by 1 for no key update)"
-            f" update {table} set current_level = %s from locked where {KEY[table][0]} = locked.pair returning pair",
-            [level],
+            f" update {table} set current_level = %(level)s from locked"
+            f" where {KEY[table][0]} = locked.pair and current_level <> %(level)s returning pair",
+            {"level": level},
         )
         pairs = [pair for (pair,) in updated.fetchall()]
         self.history += [Write(pair, level, began, time.monotonic()) for pair in pairs]
