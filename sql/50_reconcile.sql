@@ -191,7 +191,7 @@ begin
   select array_agg(pair.user_id) filter (where pair.outcome is null) as user_ids,
          array_agg(pair.specialization) filter (where pair.outcome is null) as specializations,
          array_agg(pair.side) filter (where pair.outcome is null) as sides,
-         array_agg('level_changed'::text) filter (where pair.outcome is null) as changes,
+         array_agg(pair.change) filter (where pair.outcome is null) as changes,
          array_agg(pair.user_id) filter (where pair.outcome is not null) as left_ids,
          array_agg(pair.specialization) filter (where pair.outcome is not null) as left_specializations,
          array_agg(pair.outcome) filter (where pair.outcome is not null) as left_outcomes
@@ -262,7 +262,7 @@ comment on function level_sync._repair_batch(bigint, bigint, bigint, integer) is
 create or replace function level_sync._confirm_pairs(
     user_ids bigint[], specializations text[], sides text[], progress_levels integer[], license_levels integer[],
     heeds_queue boolean)
-  returns table (user_id bigint, specialization text, side text, outcome text)
+  returns table (user_id bigint, specialization text, side text, change text, outcome text)
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
@@ -277,10 +277,15 @@ begin
   -- A new statement sees what was committed before the locks were granted.
   return query
     select pair.user_id, pair.specialization, pair.side,
+           -- A missing row cannot be locked: should it come just now, the higher of the two levels stands.
+           case when progress.student_id is null or license.user_id is null then 'created' else 'level_changed' end,
            case when free.pair_number is null then 'held'
                 when heeds_queue and exists (
                   select from level_sync.sync_queue as queued
-                   where queued.user_id = pair.user_id and queued.specialization = pair.specialization) then 'queued'
+                   where queued.user_id = pair.user_id and queued.specialization = pair.specialization
+                   union all
+                  select from level_sync.pending_pairs as left_behind
+                   where left_behind.user_id = pair.user_id and left_behind.specialization = pair.specialization) then 'queued'
                 when progress.current_level is distinct from pair.progress_level
                   or license.current_level is distinct from pair.license_level then 'changed'
            end
@@ -295,7 +300,7 @@ end
 $$;
 
 comment on function level_sync._confirm_pairs(bigint[], text[], text[], integer[], integer[], boolean) is
-  'Locks the pairs nobody holds. outcome: held, queued, changed (no longer has the levels given), or NULL where it may be repaired.';
+  'Locks the pairs nobody holds. outcome: held, queued, changed (no longer has the levels given), or NULL where it may be repaired. change: created where a row is missing, else level_changed.';
 
 create or replace function level_sync._finish_run(run_id bigint, plan_id bigint, status text, error text)
   returns void

@@ -1,0 +1,232 @@
+"""Runs a written schedule of sessions: each step in its order, with what blocks it and what comes of it.
+
+    levels 3 3              before the first step: user 1's pair; `- -` for none
+    with lock_wait 0        a setting of level_sync
+    A: begin                a step of session A: SQL, or one of the words below
+    A: X 4                  writes level 4 to side X
+    B: Y 5 | waits for A    must come to wait for A, and for nobody else
+    A: commit
+    B goes on               must now end; `B goes on | fails 40001` where that is to happen
+    = 5 5                   what others see now; a pair that waits is told with it: `= 4 3 queued X`
+
+A step without `waits for` must end while everybody else stands still. `waits for A, gives up` must wait for A and
+then end by itself. A schedule is about the sides X and Y, so that one text runs for both tables. `gate NAME` lets
+whoever calls the function level_sync.NAME wait there until `open`; who is waited for is then `gate`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+
+from academy import KEY, OTHER, SIDE, add_pair, configure, last_run, levels, queued
+from level_sync import install
+
+PATIENCE = 8  # seconds until a step that should end, or come to wait, is given up
+UNBLOCKED = 0.25  # seconds without a look at the locks; a step that ends sooner has not waited
+
+
+class Schedule:
+    """The sessions of one schedule, over the test's database."""
+
+    def __init__(self, database: Any, table: str) -> None:
+        self.database = database
+        self.sides = {"X": table, "Y": OTHER[table]}
+        self.observer = database.connect(options=f"-c statement_timeout={PATIENCE}s")
+        self.sessions: dict[str, psycopg.Connection[Any]] = {}
+        self.running: dict[str, Future[Any]] = {}
+        self.stack = ExitStack()
+        self.executor = self.stack.enter_context(ThreadPoolExecutor(8))
+        # Longer than level_sync allows, so that whoever waits for a row is seen to wait.
+        self.observer.execute(
+            "alter table level_sync.settings drop constraint lock_wait_is_between_0_and_500_milliseconds"
+        )
+        configure(self.observer, lock_wait="30 seconds")
+        self.observer.execute("insert into users (id) values (1), (2)")
+
+    def run(self, text: str) -> None:
+        """Runs every step; says which one did not do what it should."""
+        with self.stack:
+            try:
+                for line in filter(None, map(str.strip, text.splitlines())):
+                    try:
+                        self._step(line)
+                    except AssertionError as error:
+                        raise AssertionError(f"{line!r}: {error}") from error
+                assert not self.running, f"still at work at the end: {sorted(self.running)}"
+            finally:
+                for session in self.sessions.values():
+                    session.cancel()
+                for session in self.sessions.values():
+                    session.close()
+
+    def _step(self, line: str) -> None:
+        if found := re.fullmatch(r"levels (\d+) (\d+)|levels - -", line):
+            if found[1]:
+                add_pair(self.observer, 1, level=int(found[1]))
+        elif found := re.fullmatch(r"with (\w+) (.+)", line):
+            configure(self.observer, **{found[1]: found[2]})
+        elif found := re.fullmatch(r"gate (\w+)", line):
+            self._gate(found[1])
+        elif line == "open":
+            self.sessions.pop("gate").close()
+        elif found := re.fullmatch(r"= (\S+) (\S+)(?: queued (.+))?", line):
+            self._expect(found[1], found[2], found[3] or "")
+        elif found := re.fullmatch(r"run (\w+)(?: (\d+) of (\d+))?", line):
+            run = last_run(self.observer)
+            assert run["status"] == found[1], run
+            if found[2]:
+                assert (run["synced_count"], run["issues_found"]) == (int(found[2]), int(found[3])), run
+        elif found := re.fullmatch(r"(\w+) goes on(?: \| fails (\w+))?", line):
+            self._await_end(found[1], found[2])
+        elif found := re.fullmatch(r"(\w+): (.+?)(?: \| (.+))?", line):
+            self._do(found[1], found[2], found[3] or "")
+        else:
+            raise AssertionError("not a step")
+
+    def _do(self, name: str, action: str, expected: str) -> None:
+        assert name not in self.running, f"{name} is still at work"
+        session = self.sessions.get(name)
+        if session is None:
+            session = self.sessions[name] = self.database.connect()
+        if action == "migrate":
+            self.running[name] = self.executor.submit(install.migrate, self.database.dsn)
+        else:
+            self.running[name] = self.executor.submit(session.execute, self._sql(action).encode())
+        if waits := re.fullmatch(r"waits for (\w+)(, gives up)?(?:, fails (\w+))?", expected):
+            self._await_blocked(name, waits[1], anybody=action == "migrate")
+            if waits[2] or waits[3]:
+                self._await_end(name, waits[3])
+        else:
+            fails = re.fullmatch(r"(?:fails (\w+))?", expected)
+            assert fails, "not an expectation"
+            self._await_unblocked_end(name, fails[1])
+
+    def _sql(self, action: str) -> str:
+        """The words of a schedule as SQL; anything else is SQL."""
+        own, following = KEY[self.sides["X"]][0], KEY[self.sides["Y"]][0]
+        user = {"X": own, "Y": following}
+        if found := re.fullmatch(r"([XY]) (\d+)(?: of user (\d))?", action):
+            side = found[1]
+            return f"update {self.sides[side]} set current_level = {found[2]} where {user[side]} = {found[3] or 1}"
+        if found := re.fullmatch(r"bypass ([XY]) (\d+)", action):
+            written = self._sql(f"{found[1]} {found[2]}")
+            return f"set session_replication_role = replica; {written}; reset session_replication_role"
+        if found := re.fullmatch(r"bypass delete ([XY])", action):
+            deleted = self._sql(f"delete {found[1]}")
+            return f"set session_replication_role = replica; {deleted}; reset session_replication_role"
+        if found := re.fullmatch(r"hold ([XY])", action):
+            return f"begin; select from {self.sides[found[1]]} where {user[found[1]]} = 1 for update"
+        if found := re.fullmatch(r"touch ([XY])", action):
+            touched = {"progress": "last_activity", "license": "last_advanced_at"}[SIDE[self.sides[found[1]]]]
+            return f"update {self.sides[found[1]]} set {touched} = clock_timestamp() where {user[found[1]]} = 1"
+        if found := re.fullmatch(r"lock ([XY])", action):
+            return f"begin; lock table {self.sides[found[1]]} in access exclusive mode"
+        if found := re.fullmatch(r"insert ([XY]) (\d+)", action):
+            return self._insert(found[1], found[2])
+        if found := re.fullmatch(r"upsert ([XY]) (\d+)", action):
+            columns = ", ".join(KEY[self.sides[found[1]]])
+            return (
+                f"{self._insert(found[1], found[2])} on conflict ({columns}) do update"
+                f" set current_level = excluded.current_level"
+            )
+        if found := re.fullmatch(r"delete ([XY])", action):
+            return f"delete from {self.sides[found[1]]} where {user[found[1]]} = 1"
+        if found := re.fullmatch(r"move ([XY])", action):
+            return f"update {self.sides[found[1]]} set {user[found[1]]} = 2 where {user[found[1]]} = 1"
+        if found := re.fullmatch(r"reconcile(?: towards ([XY]))?(?: (.+))?", action):
+            toward = (
+                found[1]
+                and {"progress": "license_to_progress", "license": "progress_to_license"}[SIDE[self.sides[found[1]]]]
+            )
+            arguments = ", ".join(filter(None, [toward and f"direction => '{toward}'", found[2]]))
+            return f"call level_sync.reconcile({arguments})"
+        return {
+            "drain": "call level_sync.drain_queue()",
+            "maintain": "call level_sync.maintain()",
+            "undo": "select level_sync.undo(max(run_id)) from level_sync.sync_log",
+        }.get(action, action)
+
+    def _insert(self, side: str, level: str) -> str:
+        columns = ", ".join(KEY[self.sides[side]])
+        return f"insert into {self.sides[side]} ({columns}, current_level) values (1, 'PLAYER', {level})"
+
+    def _gate(self, function: str) -> None:
+        gate = self.sessions["gate"] = self.database.connect()
+        gate.execute("select pg_advisory_lock(4711)")
+        row = self.observer.execute(
+            "select pg_get_functiondef(oid) from pg_proc where pronamespace = 'level_sync'::regnamespace"
+            " and proname = %s",
+            [function],
+        ).fetchone()
+        assert row, f"there is no function {function}"
+        gated = re.sub(
+            r"^begin$",
+            "begin\n  perform set_config('lock_timeout', '0', true), pg_advisory_xact_lock_shared(4711),"
+            " set_config('lock_timeout', '100', true);",
+            row[0],
+            count=1,
+            flags=re.MULTILINE,
+        )
+        assert gated != row[0], "the function has no begin of its own line"
+        self.observer.execute(gated.encode())
+
+    def _expect(self, level_of_x: str, level_of_y: str, sides: str) -> None:
+        progress, license_ = (None if level is None else level for level in levels(self.observer, 1))
+        seen = {"progress": progress, "license": license_}
+        expected = {SIDE[self.sides["X"]]: level_of_x, SIDE[self.sides["Y"]]: level_of_y}
+        for side, level in expected.items():
+            assert level == ("-" if seen[side] is None else str(seen[side])), f"the levels are {seen}"
+        waiting = [entry[2] for entry in queued(self.observer)]
+        assert waiting == [SIDE[self.sides[side]] for side in sides.split()], f"queued: {queued(self.observer)}"
+        # A queued pair is due at once for the next drain of the schedule.
+        self.observer.execute(
+            "update level_sync.sync_queue set next_attempt_at = '-infinity' where queue_id in"
+            " (select queue_id from level_sync.sync_queue for update skip locked)"
+        )
+
+    def _blockers(self, name: str, *, anybody: bool) -> set[str]:
+        pid = self.sessions[name].info.backend_pid
+        rows = self.observer.execute(
+            "select unnest(pg_blocking_pids(pid)) from pg_stat_activity"
+            " where datname = current_database() and (%s or pid = %s)",
+            [anybody, pid],
+        ).fetchall()
+        of_pid = {session.info.backend_pid: other for other, session in self.sessions.items()}
+        return {of_pid.get(blocker, "a stranger") for (blocker,) in rows}
+
+    def _await_blocked(self, name: str, by: str, *, anybody: bool) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not self.running[name].done():
+            if blockers := self._blockers(name, anybody=anybody):
+                assert blockers == {by}, f"waits for {sorted(blockers)}"
+                return
+            assert time.monotonic() < deadline, "never came to wait"
+            time.sleep(0.002)
+        self._await_end(name, None)
+        raise AssertionError("went through without waiting")
+
+    def _await_unblocked_end(self, name: str, fails: str | None) -> None:
+        deadline = time.monotonic() + UNBLOCKED
+        while not self.running[name].done():
+            if time.monotonic() > deadline:
+                blockers = self._blockers(name, anybody=False)
+                assert not blockers, f"waits for {sorted(blockers)}"
+            assert time.monotonic() < deadline + PATIENCE, "did not end"
+            time.sleep(0.002)
+        self._await_end(name, fails)
+
+    def _await_end(self, name: str, fails: str | None) -> None:
+        try:
+            error = self.running[name].exception(timeout=PATIENCE)
+        except concurrent.futures.TimeoutError:
+            raise AssertionError(f"did not end; it waits for {sorted(self._blockers(name, anybody=False))}") from None
+        del self.running[name]
+        sqlstate = error.sqlstate if isinstance(error, psycopg.Error) else error and repr(error)
+        assert sqlstate == fails, f"ended with {error!r}, not with {fails}"

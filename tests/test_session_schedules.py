@@ -1,0 +1,632 @@
+"""Written schedules of two and three sessions: who waits for whom, what comes of it, and what is never lost.
+
+Each runs for both tables; session_schedule.py tells how they are written. A setting that is not named is the default,
+but lock_wait is 30 seconds: whoever waits for a row shows it.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from academy import BOTH
+from session_schedule import Schedule
+
+OPPOSITE_WRITES = {
+    "the second waits for the row and wins": """
+        levels 3 3
+        A: begin
+        A: X 4
+        = 3 3
+        B: Y 5 | waits for A
+        A: commit
+        B goes on
+        = 5 5""",
+    "the first gives up": """
+        levels 3 3
+        A: begin
+        A: X 4
+        B: Y 5 | waits for A
+        A: rollback
+        B goes on
+        = 5 5""",
+    "both on one side": """
+        levels 3 3
+        A: begin
+        A: X 4
+        B: X 6 | waits for A
+        A: commit
+        B goes on
+        = 6 6""",
+    "one transaction writes both sides": """
+        levels 3 3
+        A: begin
+        A: X 4
+        A: Y 5
+        B: X 7 | waits for A
+        = 3 3
+        A: commit
+        B goes on
+        = 7 7""",
+    "a savepoint taken back still holds what came before": """
+        levels 3 3
+        A: begin
+        A: X 4
+        A: savepoint here
+        A: X 5
+        A: rollback to here
+        B: Y 7 | waits for A
+        A: commit
+        B goes on
+        = 7 7""",
+    "a savepoint taken back frees what came after": """
+        levels 3 3
+        A: begin
+        A: savepoint here
+        A: X 4
+        A: rollback to here
+        B: Y 5
+        = 5 5
+        A: commit
+        = 5 5""",
+    "three in a row are served in turn": """
+        levels 3 3
+        A: begin
+        A: X 4
+        B: X 5 | waits for A
+        A: commit
+        B goes on
+        C: begin
+        C: Y 6
+        B: X 7 | waits for C
+        C: commit
+        B goes on
+        = 7 7""",
+    "carried at commit, the first to commit leaves its pair to the drain": """
+        levels 3 3
+        with inline_limit 0
+        A: begin
+        A: X 4
+        B: begin
+        B: Y 5
+        A: commit
+        = 4 3 queued X
+        B: commit
+        = 5 5 queued X
+        A: drain
+        = 5 5""",
+    "carried at commit, the second to write commits first": """
+        levels 3 3
+        with inline_limit 0
+        A: begin
+        A: X 4
+        B: begin
+        B: Y 5
+        B: commit
+        = 3 5 queued Y
+        A: commit
+        = 4 4 queued Y
+        A: drain
+        = 4 4""",
+    "carried at commit, one rolls back": """
+        levels 3 3
+        with inline_limit 0
+        A: begin
+        A: X 4
+        B: begin
+        B: Y 5
+        A: rollback
+        B: commit
+        = 5 5""",
+    "prepared and committed later": """
+        levels 3 3
+        A: begin
+        A: X 4
+        A: prepare transaction 'later'
+        B: set lock_timeout = '200ms'
+        B: Y 5 | fails 55P03
+        A: commit prepared 'later'
+        = 4 4""",
+}
+
+LOCK_WAIT = {
+    "a held row is waited for": """
+        levels 3 3
+        H: hold Y
+        A: X 4 | waits for H
+        H: commit
+        A goes on
+        = 4 4""",
+    "no longer than lock_wait": """
+        levels 3 3
+        with lock_wait 2 seconds
+        H: hold Y
+        A: X 4 | waits for H, gives up
+        = 4 3 queued X
+        H: commit
+        A: drain
+        = 4 4""",
+    "never with lock_wait zero": """
+        levels 3 3
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        = 4 3 queued X
+        H: commit
+        A: drain
+        = 4 4""",
+    "free again at our commit": """
+        levels 3 3
+        with lock_wait 0
+        H: hold Y
+        A: begin
+        A: X 4
+        H: rollback
+        A: commit
+        = 4 4""",
+    "a write of another column is waited for as well": """
+        levels 3 3
+        H: begin
+        H: touch Y
+        A: X 4 | waits for H
+        H: commit
+        A goes on
+        = 4 4""",
+    "the hot path waits for nobody": """
+        levels 3 3
+        H: hold Y
+        A: touch X
+        H: commit
+        = 3 3""",
+    "a statement_timeout reaches the writer and undoes the write": """
+        levels 3 3
+        H: hold Y
+        A: set statement_timeout = '500ms'
+        A: X 4 | waits for H, fails 57014
+        H: commit
+        = 3 3""",
+    "a locked table is not waited for longer than lock_wait": """
+        levels 3 3
+        with lock_wait 2 seconds
+        L: lock Y
+        A: X 4 | waits for L, gives up
+        L: commit
+        = 4 3 queued X
+        A: drain
+        = 4 4""",
+    "writes of two pairs do not meet": """
+        levels 3 3
+        A: insert into specialization_progress (student_id, specialization_id, current_level) values (2, 'PLAYER', 3)
+        A: begin
+        A: X 4
+        B: Y 6 of user 2
+        A: commit
+        = 4 4""",
+}
+
+RECONCILE = {
+    "a pair that is being written is left alone": """
+        levels 3 3
+        A: bypass Y 2
+        A: begin
+        A: X 4
+        R: reconcile towards Y
+        run success 0 of 1
+        A: commit
+        = 4 4""",
+    "a held pair is left alone and repaired by the next run": """
+        levels 3 3
+        A: bypass Y 2
+        H: hold X
+        R: reconcile towards Y
+        run success 0 of 1
+        = 3 2
+        H: commit
+        R: reconcile towards Y
+        run success 1 of 1
+        = 3 3""",
+    "a pair that came right after it was planned is not touched": """
+        levels 3 3
+        A: bypass Y 2
+        gate _confirm_pairs
+        R: reconcile towards Y | waits for gate
+        A: X 5
+        = 5 5
+        open
+        R goes on
+        run success 0 of 1
+        = 5 5""",
+    "a write waits for a repair under way and wins": """
+        levels 3 3
+        A: bypass Y 2
+        gate _carry_pairs
+        R: reconcile towards Y | waits for gate
+        A: X 5 | waits for R
+        open
+        R goes on
+        A goes on
+        run success 1 of 1
+        = 5 5""",
+    "a delete waits for a repair under way": """
+        levels 3 3
+        A: bypass Y 2
+        gate _carry_pairs
+        R: reconcile towards Y | waits for gate
+        A: begin
+        A: delete X | waits for R
+        open
+        R goes on
+        A goes on
+        A: delete Y
+        A: commit
+        = - -""",
+    "a row inserted while it is being made keeps the higher level": """
+        levels 3 3
+        A: bypass delete Y
+        with lock_wait 0
+        gate _carry_pairs_that_can
+        R: reconcile | waits for gate
+        A: insert Y 7
+        = 3 7 queued Y
+        open
+        R goes on
+        A: drain
+        = 7 7""",
+    "a second run does not wait": """
+        levels 3 3
+        A: bypass Y 2
+        gate _carry_pairs_that_can
+        R: reconcile towards Y | waits for gate
+        S: reconcile
+        run skipped
+        open
+        R goes on
+        = 3 3""",
+    "a drain beside it does not wait": """
+        levels 3 3
+        A: bypass Y 2
+        gate _carry_pairs_that_can
+        R: reconcile towards Y | waits for gate
+        D: drain
+        open
+        R goes on
+        = 3 3""",
+    "a catch-up beside a manual run starts none": """
+        levels 3 3
+        A: reconcile
+        A: update level_sync.sync_log set job_start = job_start - interval '1 day', job_end = job_end - interval '1 day'
+        A: bypass Y 2
+        gate _carry_pairs_that_can
+        R: reconcile towards Y | waits for gate
+        M: maintain
+        open
+        R goes on
+        run success 1 of 1
+        = 3 3""",
+    "a manual run beside a catch-up is skipped": """
+        levels 3 3
+        A: reconcile
+        A: update level_sync.sync_log set job_start = job_start - interval '1 day', job_end = job_end - interval '1 day'
+        A: bypass Y 2
+        gate _carry_pairs_that_can
+        M: maintain | waits for gate
+        R: reconcile
+        run skipped
+        open
+        M goes on
+        A: reconcile
+        run success 0 of 0""",
+}
+
+DRAIN = {
+    "a pair somebody writes is left to them": """
+        levels 3 3
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        = 4 3 queued X
+        H: commit
+        B: begin
+        B: Y 6
+        D: drain
+        B: commit
+        = 6 6 queued X
+        D: drain
+        = 6 6""",
+    "a held pair waits for the next drain": """
+        levels 3 3
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        D: drain
+        = 4 3 queued X
+        H: commit
+        D: drain
+        = 4 4""",
+    "a write waits for a carry under way and wins": """
+        levels 3 3
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        = 4 3 queued X
+        H: commit
+        gate _carry_pairs
+        D: drain | waits for gate
+        B: Y 7 | waits for D
+        open
+        D goes on
+        B goes on
+        = 7 7""",
+    "a write queued while the drain locks its pair is not lost": """
+        levels 3 3
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        = 4 3 queued X
+        H: commit
+        gate _lock_free_pairs
+        D: drain | waits for gate
+        H: hold X
+        B: Y 6
+        = 4 6 queued X Y
+        H: commit
+        open
+        D goes on
+        = 6 6""",
+    "two drains take a pair once": """
+        levels 3 3
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        = 4 3 queued X
+        H: commit
+        gate _carry_pairs
+        D: drain | waits for gate
+        E: drain
+        open
+        D goes on
+        = 4 4""",
+    "a delete of both sides waits for it and leaves nothing": """
+        levels 3 3
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        = 4 3 queued X
+        H: commit
+        gate _carry_pairs
+        D: drain | waits for gate
+        B: begin
+        B: delete Y | waits for D
+        open
+        D goes on
+        B goes on
+        B: delete X
+        B: commit
+        = - -""",
+}
+
+INSERTS = {
+    "the other row was made by the one who came first": """
+        levels - -
+        A: begin
+        A: insert X 4
+        B: insert Y 6 | waits for A
+        A: commit
+        B goes on | fails 23505
+        = 4 4""",
+    "an upsert waits and wins": """
+        levels - -
+        A: begin
+        A: insert X 4
+        B: upsert Y 6 | waits for A
+        A: commit
+        B goes on
+        = 6 6""",
+    "the first gives up": """
+        levels - -
+        A: begin
+        A: insert X 4
+        B: insert Y 6 | waits for A
+        A: rollback
+        B goes on
+        = 6 6""",
+    "carried at commit, both meet at the higher level": """
+        levels - -
+        with inline_limit 0
+        with lock_wait 1 second
+        A: begin
+        A: insert X 4
+        B: begin
+        B: insert Y 6
+        A: commit | waits for B, gives up
+        = 4 - queued X
+        B: commit
+        = 6 6 queued X
+        B: drain
+        = 6 6""",
+    "after a delete of the pair that was waited for": """
+        levels 3 3
+        A: begin
+        A: delete X
+        A: delete Y
+        B: insert X 6 | waits for A
+        A: commit
+        B goes on
+        = 6 6""",
+}
+
+DELETES_AND_MOVES = {
+    "a level for a pair that is being deleted finds no row": """
+        levels 3 3
+        A: begin
+        A: delete X
+        A: delete Y
+        B: X 5 | waits for A
+        A: commit
+        B goes on
+        = - -""",
+    "one side alone is refused and the other's write stands": """
+        levels 3 3
+        A: begin
+        A: delete X
+        B: Y 5 | waits for A
+        A: commit | fails 23001
+        B goes on
+        = 5 5""",
+    "propagated beside a write that waits, which comes later and makes the row anew": """
+        levels 3 3
+        with on_delete propagate
+        A: begin
+        A: delete X
+        B: Y 5 | waits for A
+        A: commit
+        B goes on
+        A: drain
+        = 5 5""",
+    "recreated beside a write that waits": """
+        levels 3 3
+        with on_delete recreate
+        A: begin
+        A: delete X
+        B: Y 5 | waits for A
+        A: commit
+        B goes on
+        A: drain
+        = 5 5""",
+    "a write of a pair that is moved away finds no row": """
+        levels 3 3
+        A: begin
+        A: move X
+        A: move Y
+        B: X 5 | waits for A
+        A: commit
+        B goes on
+        = - -""",
+    "one side moved alone is refused and the other's write stands": """
+        levels 3 3
+        A: begin
+        A: move X
+        B: Y 5 | waits for A
+        A: commit | fails 23001
+        B goes on
+        = 5 5""",
+}
+
+ISOLATION = {
+    "an old snapshot may not overwrite the same side": """
+        levels 3 3
+        A: begin isolation level repeatable read
+        A: select from users
+        B: X 5
+        A: X 6 | fails 40001
+        A: rollback
+        = 5 5""",
+    "nor the other side": """
+        levels 3 3
+        A: begin isolation level repeatable read
+        A: select from users
+        B: X 5
+        A: Y 6 | fails 40001
+        A: rollback
+        = 5 5""",
+    "a pair that is only held is queued": """
+        levels 3 3
+        with lock_wait 0
+        A: begin isolation level repeatable read
+        A: select from users
+        H: hold Y
+        A: X 5
+        A: commit
+        = 5 3 queued X
+        H: commit
+        A: drain
+        = 5 5""",
+    "serializable writers of one pair": """
+        levels 3 3
+        A: begin isolation level serializable
+        B: begin isolation level serializable
+        A: X 4
+        B: Y 5 | waits for A
+        A: commit
+        B goes on | fails 40001
+        B: rollback
+        = 4 4""",
+}
+
+PLANS_UNDO_AND_MIGRATE = {
+    "a plan leaves alone what was written since": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile dry_run => true
+        A: X 5
+        R: reconcile plan => 1
+        run success 0 of 1
+        = 5 5""",
+    "a plan leaves alone what is held": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile dry_run => true
+        H: hold X
+        R: reconcile plan => 1
+        run success 0 of 1
+        H: commit
+        = 3 2
+        R: reconcile towards Y
+        = 3 3""",
+    "an undo leaves alone what is being written": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile towards Y
+        = 3 3
+        A: begin
+        A: X 7
+        R: undo
+        A: commit
+        = 7 7""",
+    "a write waits for an undo and wins": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile towards Y
+        R: begin
+        R: undo
+        A: X 7 | waits for R
+        R: commit
+        A goes on
+        = 7 7""",
+    "a migrate with nothing to do waits for no writer": """
+        levels 3 3
+        A: begin
+        A: X 4
+        M: migrate
+        A: commit
+        = 4 4""",
+    "a migrate that has a trigger to make lets a writer end": """
+        levels 3 3
+        M: drop trigger progress_truncated on specialization_progress
+        A: begin
+        A: X 4
+        M: migrate | waits for A
+        A: commit
+        M goes on
+        = 4 4""",
+}
+
+SCHEDULES = {
+    f"{race}: {name}": schedule
+    for race, schedules in {
+        "opposite writes": OPPOSITE_WRITES,
+        "lock_wait": LOCK_WAIT,
+        "reconcile": RECONCILE,
+        "drain": DRAIN,
+        "insert": INSERTS,
+        "delete and move": DELETES_AND_MOVES,
+        "isolation": ISOLATION,
+        "plan, undo, migrate": PLANS_UNDO_AND_MIGRATE,
+    }.items()
+    for name, schedule in schedules.items()
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule(database, table, name):
+    Schedule(database, table).run(SCHEDULES[name])
