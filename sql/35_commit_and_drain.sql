@@ -332,7 +332,20 @@ begin
     if on_error = 'raise' or sqlstate = '40001' then
       raise;
     end if;
-    if is_taken then
+    if not is_taken then
+      -- The other table is locked as a whole, say: what is in it is the drain's to judge.
+      select array_agg(pending.user_id order by pending.pending_id) as user_ids,
+             array_agg(pending.specialization order by pending.pending_id) as specializations,
+             array_agg(pending.side order by pending.pending_id) as sides,
+             array_agg(pending.change order by pending.pending_id) as changes,
+             array_agg(pending.actor order by pending.pending_id) as actors,
+             array_agg(pending.reason order by pending.pending_id) as reasons
+        into pairs
+        from level_sync.pending_pairs as pending
+       where pending.transaction_id = new.transaction_id
+         and pending.change <> 'left';
+    end if;
+    if pairs.user_ids is not null then
       if level_sync._enqueue(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
                              array_fill(sqlstate::text, array[cardinality(pairs.user_ids)]),
                              array_fill(sqlerrm::text, array[cardinality(pairs.user_ids)]),
