@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
@@ -243,63 +242,6 @@ def test_a_queued_pair_whose_written_row_has_vanished_is_made_whole_by_the_drain
     drain(db)
     assert levels(db, 1) == (3, 3)
     assert queued(db) == []
-
-
-def await_waiting(db, connection):
-    """Returns as soon as the session waits for a lock."""
-    for _ in range(2000):
-        state = db.execute(
-            "select wait_event_type from pg_stat_activity where pid = %s", [connection.info.backend_pid]
-        ).fetchone()
-        if state == ("Lock",):
-            return
-        time.sleep(0.01)
-    pytest.fail("the session never came to wait")
-
-
-def set_level_beside_a_holder(database, db, table, new_level):
-    """A write whose other row somebody holds, so that the pair is queued."""
-    holder = database.connect(autocommit=False)
-    holder.execute(f"select from {OTHER[table]} for update")
-    set_level(db, table, 1, new_level)
-    holder.rollback()
-
-
-def let_locking_wait(db):
-    """A drain waits, before it locks the rows of its pairs, for the advisory lock 1."""
-    db.execute("alter function level_sync._lock_free_pairs(bigint[], text[]) rename to _lock_free_pairs_at_once")
-    db.execute("""
-        create function level_sync._lock_free_pairs(user_ids bigint[], specializations text[])
-          returns table (pair_number bigint) language plpgsql as $$
-        begin
-          perform set_config('lock_timeout', '0', true), pg_advisory_xact_lock(1);
-          return query select * from level_sync._lock_free_pairs_at_once(user_ids, specializations);
-        end $$""")
-
-
-def do_not_let_locking_wait(db):
-    db.execute("drop function level_sync._lock_free_pairs(bigint[], text[])")
-    db.execute("alter function level_sync._lock_free_pairs_at_once(bigint[], text[]) rename to _lock_free_pairs")
-
-
-@BOTH
-def test_a_write_that_was_queued_while_a_drain_locked_its_pair_is_not_lost(database, db, table):
-    configure(db, lock_wait="0")
-    add_pairs(db, 1)
-    set_level_beside_a_holder(database, db, OTHER[table], 4)
-    let_locking_wait(db)
-    gate = database.connect()
-    gate.execute("select pg_advisory_lock(1)")
-    drainer = database.connect()
-    with ThreadPoolExecutor(1) as executor:
-        draining = executor.submit(drainer.execute, "call level_sync.drain_queue()")
-        await_waiting(db, drainer)
-        set_level_beside_a_holder(database, db, table, 6)
-        gate.execute("select pg_advisory_unlock(1)")
-        draining.result(20)
-    do_not_let_locking_wait(db)
-    drain(db)
-    assert levels(db, 1) == (6, 6)
 
 
 @BOTH
