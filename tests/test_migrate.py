@@ -670,7 +670,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 @pytest.mark.parametrize("command", ["migrate", "rollback"])
-def test_killed_at_any_moment_it_can_be_run_again_and_ends_whole(empty_database, db, command):
+def test_killed_at_any_moment_it_can_be_run_again_and_ends_whole(request, empty_database, db, command):
     victim_db = empty_database.connect()
     victim_db.execute(ORM_TABLES)
     untouched = snapshot(victim_db, with_oids=False), application_rows(victim_db)
@@ -684,7 +684,7 @@ def test_killed_at_any_moment_it_can_be_run_again_and_ends_whole(empty_database,
         install.migrate(empty_database.dsn)
     full_run = time.monotonic() - started
     moments = random.Random(7)  # noqa: S311
-    for _ in range(6):
+    for _ in range(30 if request.config.getoption("proof") else 4):
         (install.rollback if command == "migrate" else install.migrate)(empty_database.dsn)
         process = start(empty_database, command, *(["--yes"] if command == "rollback" else []))
         wait_until(lambda: sessions(victim_db) > 0)
