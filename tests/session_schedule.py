@@ -128,6 +128,11 @@ class Schedule:
             return f"update {self.sides[found[1]]} set {touched} = clock_timestamp() where {user[found[1]]} = 1"
         if found := re.fullmatch(r"lock ([XY])", action):
             return f"begin; lock table {self.sides[found[1]]} in access exclusive mode"
+        if found := re.fullmatch(r"leave behind ([XY])", action):
+            return (
+                "insert into level_sync.pending_pairs (user_id, specialization, side, change)"
+                f" values (1, 'PLAYER', '{SIDE[self.sides[found[1]]]}', 'level_changed')"
+            )
         if found := re.fullmatch(r"insert ([XY]) (\d+)", action):
             return self._insert(found[1], found[2])
         if found := re.fullmatch(r"upsert ([XY]) (\d+)", action):

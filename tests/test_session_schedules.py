@@ -271,6 +271,18 @@ RECONCILE = {
         R goes on
         A: drain
         = 7 7""",
+    "a pair that its transaction left behind is the drain's": """
+        levels 3 3
+        A: bypass Y 2
+        gate _confirm_pairs
+        R: reconcile | waits for gate
+        A: leave behind Y
+        open
+        R goes on
+        run success 0 of 1
+        = 3 2
+        D: drain
+        = 2 2""",
     "a second run does not wait": """
         levels 3 3
         A: bypass Y 2
