@@ -41,6 +41,7 @@ FAST_PART = [
         "found_failures",
         "rights",
         "model",
+        "session_schedules",
         "two_reconciles",
         "two_sessions",
     )
