@@ -25,6 +25,7 @@ stop:
 
 test: $(VENV)/.test
 	@tests/install_server_packages
+	@tests/unpack_prometheus $(VENV)/prometheus
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -129,3 +129,27 @@ $$;
 
 comment on function level_sync.find_desync_issues(text) is
   'The rows of desync_issues for one specialization, or all of them for NULL, in key order.';
+
+create or replace function level_sync._count_desyncs()
+  returns table (issue_type text, specialization text, pairs bigint)
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  with counted as (
+    select issues.issue_type, issues.specialization, count(*) as pairs
+      from level_sync.desync_issues as issues
+     group by issues.issue_type, issues.specialization
+  ), possible as (
+    select kind.issue_type, known.id as specialization
+      from unnest(array['level_mismatch', 'missing_license', 'missing_progress']) as kind (issue_type)
+     cross join public.specializations as known
+  )
+  select issue_type, specialization, coalesce(counted.pairs, 0)
+    from possible
+    full join counted using (issue_type, specialization)
+$$;
+
+comment on function level_sync._count_desyncs() is
+  'How many pairs of each specialization have each kind of desync; 0 where none has.';

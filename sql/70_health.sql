@@ -444,16 +444,37 @@ $$;
 
 comment on function level_sync._row_counts() is 'How many rows each side has, for roles that may not read the tables.';
 
-create or replace view level_sync.health as
+create or replace function level_sync._schema_version()
+  returns integer
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select max(substring(migration_id, '^[0-9]+')::integer) from level_sync._yoyo_migration
+$$;
+
+comment on function level_sync._schema_version() is 'Number of the newest migration applied, as in the names of its files.';
+
+create or replace view level_sync.quick_health as
 select * from level_sync._check_triggers()
  union all select * from level_sync._check_functions()
  union all select * from level_sync._check_foreign_keys()
- union all select * from level_sync._check_orphans()
- union all select * from level_sync._check_hidden_rows()
- union all select * from level_sync._check_pairs()
  union all select * from level_sync._check_queue()
  union all select * from level_sync._check_runs()
  union all select * from level_sync._check_schedule();
+
+comment on view level_sync.quick_health is 'The checks of level_sync.health that take milliseconds however many pairs there are.';
+comment on column level_sync.quick_health.name is 'What is checked.';
+comment on column level_sync.quick_health.ok is 'true: good. false: not. NULL: could not be checked, which is not good either.';
+comment on column level_sync.quick_health.detail is 'What was found.';
+comment on column level_sync.quick_health.hint is 'What to do where ok is not true.';
+
+create or replace view level_sync.health as
+select * from level_sync.quick_health
+ union all select * from level_sync._check_orphans()
+ union all select * from level_sync._check_hidden_rows()
+ union all select * from level_sync._check_pairs();
 
 comment on view level_sync.health is 'One row per check: name, ok (NULL where it could not be made), detail, hint (what to do).';
 comment on column level_sync.health.name is 'What is checked.';

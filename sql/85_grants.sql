@@ -6,9 +6,9 @@ create or replace function level_sync._grant_to(role_name name, kind text)
   set search_path = pg_catalog, pg_temp
 as $$
 declare
-  reading   constant name[] := array['_all_desync_issues', 'find_desync_issues', '_check_triggers', '_check_functions',
+  reading   constant name[] := array['_all_desync_issues', 'find_desync_issues', '_count_desyncs', '_check_triggers', '_check_functions',
     '_check_foreign_keys', '_check_orphans', '_check_hidden_rows', '_check_pairs', '_check_queue', '_check_runs',
-    '_check_schedule', '_row_counts', '_cron_access', '_cron_jobs_query', '_judge_cron_jobs'];
+    '_check_schedule', '_schema_version', '_row_counts', '_cron_access', '_cron_jobs_query', '_judge_cron_jobs'];
   operating constant name[] := array['reconcile', '_begin_batch', '_refuse_senseless_run', '_run_lock', '_log_skipped_run',
     '_run_settings', '_start_run', '_drain_batch', '_plan_range', '_count_planned', '_repair_batch', '_tell_progress',
     '_finish_run', 'drain_queue', 'requeue', 'undo', 'purge', '_purge_batch', 'maintain', '_is_run_missed', '_check_live',
@@ -41,7 +41,7 @@ begin
   perform level_sync._revoke_from(role_name);
   execute format('grant usage on schema level_sync to %I', role_name);
   execute format('grant select on level_sync.settings, level_sync.sync_log, level_sync.sync_events, level_sync.sync_queue,
-                  level_sync.sync_plan, level_sync.desync_issues, level_sync.health, level_sync.installed_functions to %I', role_name);
+                  level_sync.sync_plan, level_sync.desync_issues, level_sync.health, level_sync.quick_health, level_sync.installed_functions to %I', role_name);
   if kind = 'operator' then
     execute format('grant update on level_sync.settings to %I', role_name);
   end if;

@@ -122,7 +122,12 @@ def survives(mutation: Mutation) -> bool:
         broken = tree / "sql" / mutation.file
         broken.write_text(mutation.applied_to(broken.read_text()))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "embedded", "--numprocesses=2", *FAST_PART]
-        environment = {**os.environ, "PYTHONPATH": str(tree / "python")}
+        # A loop that no longer ends is noticed by then.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(tree / "python"),
+            "PGOPTIONS": "-c statement_timeout=60s",
+        }
         try:
             done = subprocess.run(
                 command, cwd=tree, env=environment, capture_output=True, text=True, timeout=400, check=False

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import psycopg
@@ -22,7 +25,7 @@ from level_sync import demo as demonstration
 from level_sync import install
 from level_sync import schedule as jobs
 from level_sync import verify as verification
-from level_sync.database import DsnError, connect, queries
+from level_sync.database import DsnError, connect, queries, read_dsn
 from level_sync.servers import ServerError
 
 app = typer.Typer(
@@ -84,7 +87,7 @@ def _plain_errors() -> Iterator[None]:
         error_console.print(f"No connection: {_message(error)}", markup=False)
         error_console.print("Give --dsn, or set DATABASE_URL or PGHOST, PGUSER and PGDATABASE.")
         raise typer.Exit(verification.NO_CONNECTION) from error
-    except (psycopg.Error, DsnError, install.MigrateError, demonstration.DemoError, ServerError) as error:
+    except (psycopg.Error, DsnError, install.MigrateError, demonstration.DemoError, ServerError, OSError) as error:
         error_console.print(_message(error), markup=False)
         raise typer.Exit(1) from error
 
@@ -263,7 +266,7 @@ def status(dsn: Dsn = "", as_json: AsJson = False) -> None:
     """What stands in the tables, what differs, what waits in the queue, and the settings."""
     with _plain_errors(), connect(dsn) as connection:
         now: dict[str, Any] = queries.status(connection)
-        desyncs = list(queries.desyncs_by_type(connection))
+        desyncs = [row for row in queries.count_desyncs(connection) if row["pairs"]]
         settings: dict[str, Any] = queries.settings(connection)
     if as_json:
         typer.echo(json.dumps({**now, "desyncs": desyncs, "settings": settings}, default=str))
@@ -416,6 +419,72 @@ def unschedule(dsn: Dsn = "") -> None:
     """Remove the pg_cron jobs."""
     with _plain_errors():
         console.print(f"{jobs.unschedule(dsn)} job(s) removed")
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Says which extra of the package a command needs, where it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        error_console.print(f"{error.name} is not installed: pip install 'level-sync[{name}]'", markup=False)
+        raise typer.Exit(1) from error
+
+
+def _address(listen: str) -> tuple[str, int]:
+    """HOST:PORT, an IPv6 host in brackets."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise typer.BadParameter(f"{listen!r} is not HOST:PORT, for example 127.0.0.1:9930")
+    return host.strip("[]"), int(port)
+
+
+def _stop_on_signals() -> threading.Event:
+    """Set by Ctrl-C and by SIGTERM."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+@app.command()
+def exporter(
+    dsn: Dsn = "",
+    listen: Annotated[
+        str, typer.Option("--listen", help="HOST:PORT to answer Prometheus on; nothing is encrypted.")
+    ] = "127.0.0.1:9930",
+    scan_interval: Annotated[
+        float,
+        typer.Option("--scan-interval", min=1, help="Seconds between two looks at every pair; the rest is read anew."),
+    ] = 300,
+) -> None:
+    """Serve metrics to Prometheus until stopped. The role needs level-sync grant ROLE --as reader."""
+    host, port = _address(listen)
+    with _plain_errors(), _extra("metrics"):
+        from level_sync import metrics as figures
+
+        read_dsn(dsn)
+        error_console.print(f"metrics at http://{listen}/metrics", highlight=False, markup=False)
+        logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+        figures.serve(dsn, host, port, scan_interval=scan_interval, stop=_stop_on_signals())
+
+
+@app.command()
+def metrics(
+    dsn: Dsn = "",
+    textfile: Annotated[
+        Path | None, typer.Option("--textfile", help="Replace this file, *.prom, for node_exporter to read.")
+    ] = None,
+) -> None:
+    """Print the metrics once. Exit code 32 where no database answered; level_sync_up is 0 then."""
+    with _plain_errors(), _extra("metrics"):
+        from level_sync import metrics as figures
+
+        read_dsn(dsn)
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        text, is_up = figures.once(dsn, textfile)
+    typer.echo(text, nl=False)
+    raise typer.Exit(0 if is_up else verification.NO_CONNECTION)
 
 
 @app.command()

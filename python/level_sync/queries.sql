@@ -92,10 +92,9 @@ select current_database() as database,
        (select max(occurred_at) from level_sync.sync_events) as last_event_at
   from level_sync._row_counts() as counts
 
--- name: desyncs_by_type()
-select issue_type, specialization, count(*) as pairs
-  from level_sync.desync_issues
- group by issue_type, specialization
+-- name: count_desyncs()
+select issue_type, specialization, pairs
+  from level_sync._count_desyncs()
  order by issue_type, specialization
 
 -- name: settings()^
@@ -145,6 +144,50 @@ select level_sync.undo(:run_id)
 
 -- name: health()
 select name, ok, detail, hint from level_sync.health
+
+-- name: quick_health()
+select name, ok, detail, hint from level_sync.quick_health
+
+-- name: limit_statement(statement_timeout)$
+select set_config('statement_timeout', :statement_timeout, false)
+
+-- name: schema_version()$
+select level_sync._schema_version()
+
+-- name: queue_figures()^
+select count(*) filter (where dead_at is null and next_attempt_at > clock_timestamp()) as waiting,
+       count(*) filter (where dead_at is null and next_attempt_at <= clock_timestamp()) as due,
+       count(*) filter (where dead_at is not null) as dead,
+       coalesce(extract(epoch from clock_timestamp() - min(queued_at) filter (where dead_at is null)), 0) as oldest_seconds
+  from level_sync.sync_queue
+
+-- name: runs_by_status()
+select known.status, count(sync_log.run_id) as runs
+  from unnest(array['running', 'success', 'partial', 'failed', 'skipped', 'aborted', 'needs_approval']) as known (status)
+  left join level_sync.sync_log on sync_log.status = known.status
+ group by known.status
+
+-- name: last_runs()^
+select (select extract(epoch from max(job_start))
+          from level_sync.sync_log
+         where status in ('success', 'partial') and not dry_run) as success_at,
+       latest.status,
+       latest.duration_seconds,
+       coalesce(latest.results -> 'actions', '{}') as actions
+  from (values (1)) as one
+  left join lateral (
+    select status, duration_seconds, results
+      from level_sync.sync_log
+     where not dry_run and status <> 'skipped'
+     order by run_id desc
+     limit 1) as latest on true
+
+-- name: recent_events()
+-- The BRIN index on occurred_at finds them however long the table is.
+select action, source, count(*) as events
+  from level_sync.sync_events
+ where occurred_at > clock_timestamp() - interval '5 minutes'
+ group by action, source
 
 -- name: check_live()
 select name, ok, detail, hint from level_sync._check_live()

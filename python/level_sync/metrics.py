@@ -1,0 +1,220 @@
+"""What a monitoring system asks of level_sync, in the words of Prometheus.
+
+Most figures are read anew for each scrape. Those that take a look at every pair (desyncs, orphans, the whole of
+`level-sync verify`) are read every `scan_interval` and say when that was. Needs the extra `metrics`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server, write_to_textfile
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from level_sync import verify as verification
+from level_sync.database import connect, queries
+
+SCRAPE_TIMEOUT = "5s"
+SCAN_TIMEOUT = "10min"
+# A server that has gone without a word is noticed: seconds until connected, milliseconds until an answer is given up.
+NETWORK: dict[str, Any] = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+
+log = logging.getLogger("level_sync.metrics")
+
+
+@dataclass
+class Scan:
+    """What a look at every pair has found; at and duration in seconds."""
+
+    at: float
+    duration: float
+    desyncs: list[dict[str, Any]]
+    checks: dict[str, bool | None]
+
+
+@dataclass(eq=False)
+class LevelSyncCollector(Collector):
+    """Reads level_sync as a role that is its reader. One connection at a time, for as long as the queries take.
+
+    A database that does not answer is level_sync_up 0, with the reason in the log; never an exception.
+    """
+
+    dsn: str
+    is_up: bool = True
+    _scan: Scan | None = None
+    _latest: list[GaugeMetricFamily] = field(default_factory=list)
+    _is_connected: threading.Lock = field(default_factory=threading.Lock)
+
+    def scan(self) -> bool:
+        """Looks at every pair and makes every check of `level-sync verify`. Returns whether that was possible."""
+        with self._is_connected:
+            began = time.time()
+            try:
+                with self._connect(SCAN_TIMEOUT) as connection:
+                    desyncs = list(queries.count_desyncs(connection))
+                checks = {
+                    check.name: check.ok for check in verification.verify(self.dsn, statement_timeout=SCAN_TIMEOUT)
+                }
+            except psycopg.Error as error:
+                log.warning("no scan of all pairs: %s", str(error).strip())
+                return False
+            self._scan = Scan(began, time.time() - began, desyncs, checks)
+            return True
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        # While a scan has the connection, the figures of the last scrape are told again rather than waited for.
+        if self._is_connected.acquire(blocking=not self._latest):
+            try:
+                self._latest = list(self._read())
+            finally:
+                self._is_connected.release()
+        yield from self._latest
+
+    def _connect(self, statement_timeout: str) -> psycopg.Connection[dict[str, Any]]:
+        connection = connect(self.dsn, **NETWORK)
+        queries.limit_statement(connection, statement_timeout=statement_timeout)
+        return connection
+
+    def _read(self) -> Iterator[GaugeMetricFamily]:
+        yield gauge("build_info", "Version of this exporter's package.", {(version("level-sync"),): 1}, "version")
+        try:
+            with self._connect(SCRAPE_TIMEOUT) as connection:
+                figures = list(self._figures(connection))
+        except psycopg.Error as error:
+            if self.is_up:
+                log.warning("level_sync_up 0: %s", str(error).strip())
+            figures = []
+        self.is_up = bool(figures)
+        yield gauge("up", "1 where the database answered and level_sync is installed.", {(): self.is_up})
+        yield gauge("collected_timestamp_seconds", "When these figures were read.", {(): time.time()})
+        yield from figures
+        if self.is_up:
+            yield from self._scanned()
+
+    def _figures(self, connection: psycopg.Connection[Any]) -> Iterator[GaugeMetricFamily]:
+        yield gauge(
+            "schema_version", "Number of the newest migration applied.", {(): queries.schema_version(connection)}
+        )
+        checks = {row["name"]: row["ok"] for row in queries.quick_health(connection)}
+        if self._scan is not None:
+            # What this role cannot see in a glance may have been seen by the scan, which also looks further.
+            checks = self._scan.checks | {name: ok for name, ok in checks.items() if ok is not None}
+        yield gauge(
+            "health_check_ok",
+            "1 where a check of level_sync.health is good; 0 where it is not, or could not be made.",
+            {(name,): float(ok is True) for name, ok in checks.items()},
+            "check",
+        )
+        queue: dict[str, Any] = queries.queue_figures(connection)
+        yield gauge(
+            "queue_pairs",
+            "Entries of sync_queue: waiting for their next attempt, due for it, or dead.",
+            {(state,): queue[state] for state in ("waiting", "due", "dead")},
+            "state",
+        )
+        yield gauge(
+            "queue_oldest_age_seconds",
+            "Age of the oldest entry that is not dead; 0 where there is none.",
+            {(): queue["oldest_seconds"]},
+        )
+        runs = {row["status"]: row["runs"] for row in queries.runs_by_status(connection)}
+        yield gauge(
+            "runs",
+            "Runs of the reconcile in sync_log, which keeps them for log_retention.",
+            {(status,): count for status, count in runs.items()},
+            "status",
+        )
+        last: dict[str, Any] = queries.last_runs(connection)
+        yield gauge(
+            "last_run_status",
+            "1 for the status of the last run that was not skipped or dry, 0 for the others.",
+            {(status,): float(status == last["status"]) for status in runs},
+            "status",
+        )
+        if last["success_at"] is not None:
+            yield gauge(
+                "last_success_timestamp_seconds",
+                "When the last run that repaired what it found began.",
+                {(): last["success_at"]},
+            )
+        if last["duration_seconds"] is not None:
+            yield gauge("last_run_duration_seconds", "How long the last run took.", {(): last["duration_seconds"]})
+        yield gauge(
+            "last_run_pairs",
+            "Pairs that the last run meant to repair, by action.",
+            {(action,): pairs for action, pairs in last["actions"].items()},
+            "action",
+        )
+        yield gauge(
+            "recent_events",
+            "Events of the last five minutes: levels carried, rows created, repairs, undone repairs.",
+            {(row["action"], row["source"]): row["events"] for row in queries.recent_events(connection)},
+            "action",
+            "source",
+        )
+
+    def _scanned(self) -> Iterator[GaugeMetricFamily]:
+        if self._scan is None:
+            return
+        yield gauge(
+            "desync_pairs",
+            "Pairs whose sides differed at the last scan.",
+            {(row["issue_type"], row["specialization"]): row["pairs"] for row in self._scan.desyncs},
+            "issue_type",
+            "specialization",
+        )
+        yield gauge("scan_timestamp_seconds", "When the last scan of all pairs began.", {(): self._scan.at})
+        yield gauge("scan_duration_seconds", "How long the last scan of all pairs took.", {(): self._scan.duration})
+
+
+def gauge(name: str, meaning: str, values: dict[tuple[str, ...], Any], *labels: str) -> GaugeMetricFamily:
+    """One metric of level_sync; values by the values of its labels."""
+    family = GaugeMetricFamily(f"level_sync_{name}", meaning, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, float(value))
+    return family
+
+
+def serve(dsn: str, host: str, port: int, *, scan_interval: float, stop: threading.Event) -> None:
+    """Answers scrapes, and looks at every pair each scan_interval seconds, until stop is set. Raises OSError."""
+    collector = LevelSyncCollector(dsn)
+    server, thread = start_http_server(port, host, registry_of(collector))
+    try:
+        while True:
+            collector.scan()
+            if stop.wait(scan_interval):
+                return
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def once(dsn: str, textfile: Path | None = None) -> tuple[str, bool]:
+    """Every figure, a scan included, in Prometheus' text format, and whether the database answered.
+
+    The textfile is replaced in one step, as node_exporter's textfile collector needs it. Raises OSError.
+    """
+    collector = LevelSyncCollector(dsn)
+    collector.scan()
+    registry = registry_of(collector)
+    if textfile is None:
+        return generate_latest(registry).decode(), collector.is_up
+    write_to_textfile(str(textfile), registry)
+    return "", collector.is_up
+
+
+def registry_of(collector: LevelSyncCollector) -> CollectorRegistry:
+    """The collector alone, without the figures of this process."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return registry
