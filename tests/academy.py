@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -133,3 +134,13 @@ def user_trigger(
 
 def drop_user_trigger(db: Connection, name: str = "of_the_application") -> None:
     db.execute(f"drop function public.{name}() cascade")
+
+
+def wait_until(
+    condition: Callable[[], object], what: Callable[[], object] = lambda: "waited in vain", *, seconds: float = 60
+) -> None:
+    """Looks again and again until the condition holds; fails with what `what` then says."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.01)

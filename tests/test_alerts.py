@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import email
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiosmtpd.controller import Controller
 
-from academy import PROGRESS, add_pair, bypass, set_level
+from academy import PROGRESS, add_pair, bypass, set_level, wait_until
 from command_line import run
+from conftest import free_port
 
 PROMETHEUS = Path(__file__).resolve().parent.parent / "docker" / "prometheus"
 PROGRAMS = Path(sys.prefix) / "prometheus" / "usr" / "bin"
@@ -36,40 +31,6 @@ pytestmark = [
         reason="Prometheus is not unpacked: tests/unpack_prometheus does it on Debian and Ubuntu",
     ),
 ]
-
-
-class Mailbox:
-    """What a local SMTP server has received."""
-
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-
-    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
-        self.messages.append(email.message_from_bytes(envelope.content))
-        return "250 Message accepted for delivery"
-
-    def subjects(self) -> list[str]:
-        return [str(message["Subject"]) for message in self.messages]
-
-
-@pytest.fixture
-def mailbox() -> Iterator[tuple[Mailbox, int]]:
-    """A mailbox and the port its server listens on."""
-    box = Mailbox()
-    port = free_port()
-    controller = Controller(box, hostname="127.0.0.1", port=port, loop=asyncio.new_event_loop())
-    controller.start()
-    try:
-        yield box, port
-    finally:
-        controller.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def promtool(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -85,13 +46,6 @@ def running(log: Path, *command: str | Path, **options: Any) -> Iterator[None]:
     finally:
         process.terminate()
         process.wait(20)
-
-
-def wait_until(condition: Callable[[], bool], what: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.2)
 
 
 def test_every_rule_does_what_its_unit_test_says():

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from academy import KEY, LICENSE, PROGRESS, add_pairs, bypass
+from academy import KEY, LICENSE, PROGRESS, add_pairs, bypass, wait_until
 from conftest import Server, start_server, temporary_directory
 from history_checker import Write, faults
 from level_sync import install
@@ -57,18 +57,11 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited a minute in vain"
-        time.sleep(0.02)
-
-
 def kill_postmaster(server: Server, _: int) -> None:
     pid = postmaster(server)
     family = [pid, *children(pid)]
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not any(is_alive(member) for member in family))  # they notice that it is gone, and go too
+    wait_until(lambda: not any(is_alive(member) for member in family))  # they notice that it is gone, and go too
     # Where nobody reaps it, as in some containers, the dead postmaster looks alive to the next one.
     for lock in (data_directory(server) / "postmaster.pid", server.directory / ".s.PGSQL.5432.lock"):
         lock.unlink()
@@ -196,7 +189,7 @@ def connect_again(dsn: str) -> psycopg.Connection[Any]:
             connections.append(psycopg.connect(dsn, autocommit=True))
         return bool(connections)
 
-    wait_for(connected)
+    wait_until(connected)
     return connections[0]
 
 
@@ -228,7 +221,7 @@ def test_killed_at_any_moment_no_acknowledged_write_is_lost_and_maintenance_mend
         worker = Worker(dsn, activity)
         for thread in (worker, *application):
             thread.start()
-        wait_for(lambda threads=(worker, *application): all(thread.pid for thread in threads))
+        wait_until(lambda threads=(worker, *application): all(thread.pid for thread in threads))
         time.sleep(choice.uniform(0.02, 0.4))
         victim = application[0].pid if activity is write else worker.pid
         (kill_postmaster if is_postmaster else kill_backend)(own_server, victim)

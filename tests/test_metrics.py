@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, delete, set_level
 from command_line import run
-from conftest import dsn_of
+from conftest import dsn_of, free_port
 from level_sync.metrics import LevelSyncCollector, registry_of
 
 pytestmark = pytest.mark.leftovers
@@ -204,9 +203,7 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
 
 
 def test_the_exporter_answers_prometheus_and_ends_when_told(database, db, reader):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name("level-sync")), "exporter", "--listen", f"127.0.0.1:{port}"]
     exporter = subprocess.Popen(
         [*command, "--scan-interval", "1"],

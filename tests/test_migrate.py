@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from academy import (
     levels,
     queued,
     set_level,
+    wait_until,
 )
 from level_sync import install
 from level_sync.verify import verify
@@ -660,13 +661,6 @@ def sessions(db: psycopg.Connection[Any]) -> int:
     query = """select count(*) from pg_stat_activity
                 where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()"""
     return db.execute(query).fetchone()[0]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("command", ["migrate", "rollback"])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 
 import psycopg
 import pytest
 
-from academy import PROGRESS, add_pair, bypass, levels, set_level
+from academy import PROGRESS, add_pair, bypass, levels, set_level, wait_until
 from conftest import dsn_of, temporary_directory
 from level_sync import install
 from level_sync import schedule as jobs
@@ -130,13 +128,6 @@ def test_in_another_database_the_function_itself_says_where_pg_cron_is(elsewhere
 # pg_cron itself at work: a real minute is waited for
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "pg_cron did not run the job in time"
-        time.sleep(0.5)
-
-
 def see_pg_cron_run(background_workers: bool, failures: list[BaseException]) -> None:
     """Schedules every minute, plants a desync, sees it repaired by the job; again after a restart of the server."""
     try:
@@ -172,7 +163,7 @@ def _see_pg_cron_run(server: SystemServer) -> None:
             "schedule",
         }
         break_pairs(db)
-        wait_until(lambda: repaired_by_cron(db), 130)
+        wait_until(lambda: repaired_by_cron(db), seconds=130)
         assert [levels(db, user) for user in (1, 2, 3)] == [(6, 6)] * 3
         transactions = db.execute(
             "select count(distinct transaction_id::text) from level_sync.sync_events where source = 'reconcile'"
@@ -184,8 +175,8 @@ def _see_pg_cron_run(server: SystemServer) -> None:
     with psycopg.connect(dsn, autocommit=True) as db:
         before = db.execute("select max(run_id) from level_sync.sync_log").fetchone()[0]
         break_pairs(db)
-        wait_until(lambda: repaired_by_cron(db, before), 130)
-        wait_until(lambda: exit_code(verify(dsn)) == 0, 70)
+        wait_until(lambda: repaired_by_cron(db, before), seconds=130)
+        wait_until(lambda: exit_code(verify(dsn)) == 0, seconds=70)
         statuses = db.execute("select distinct status from cron.job_run_details where end_time is not null").fetchall()
         assert statuses == [("succeeded",)]
 

@@ -25,6 +25,7 @@ from level_sync import demo as demonstration
 from level_sync import install
 from level_sync import schedule as jobs
 from level_sync import verify as verification
+from level_sync import watch as alarm
 from level_sync.database import DsnError, connect, queries, read_dsn
 from level_sync.servers import ServerError
 
@@ -485,6 +486,56 @@ def metrics(
         text, is_up = figures.once(dsn, textfile)
     typer.echo(text, nl=False)
     raise typer.Exit(0 if is_up else verification.NO_CONNECTION)
+
+
+@app.command()
+def watch(
+    dsn: Dsn = "",
+    email: Annotated[
+        list[str] | None, typer.Option("--email", help="Address to send mail to; may be repeated.")
+    ] = None,
+    smtp: Annotated[
+        str,
+        typer.Option(
+            "--smtp", help="HOST[:PORT] that takes the mail; logs in with SMTP_USER and SMTP_PASSWORD if set."
+        ),
+    ] = "localhost",
+    sender: Annotated[str, typer.Option("--from", help="Address the mail comes from.")] = "level-sync@localhost",
+    webhook: Annotated[list[str] | None, typer.Option("--webhook", help="URL to POST JSON to.")] = None,
+    command: Annotated[
+        list[str] | None, typer.Option("--exec", help="Shell command that gets the message as JSON on standard input.")
+    ] = None,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two checks.")] = 300,
+    patience: Annotated[
+        float, typer.Option("--patience", min=0, help="Seconds the database may be away before that is told.")
+    ] = 30,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", help="File that keeps what is red, so that a restart does not tell it again."),
+    ] = None,
+    say: Annotated[str, typer.Option("--say", help="Send this text to everybody named, and end.")] = "",
+) -> None:
+    """Send a message when a check of verify turns red, and one when it is green again, until stopped.
+
+    Checks each interval and whenever a reconcile ends. The role needs level-sync grant ROLE --as reader.
+    """
+    channels = [
+        *([alarm.by_email(email, sender, smtp)] if email else []),
+        *(alarm.by_webhook(url) for url in webhook or []),
+        *(alarm.by_command(text) for text in command or []),
+    ]
+    if not channels:
+        raise typer.BadParameter("say whom to tell: --email, --webhook or --exec")
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    with _plain_errors():
+        watching = alarm.Watch(dsn, channels, interval=interval, patience=patience, state=state)
+        if not say:
+            read_dsn(dsn)
+            watching.run(_stop_on_signals())
+            return
+        watching.unsent = [(channel, alarm.Message(say, say)) for channel in channels]
+        watching.send()
+    raise typer.Exit(1 if watching.unsent else 0)
 
 
 @app.command()

@@ -151,6 +151,10 @@ select name, ok, detail, hint from level_sync.quick_health
 -- name: limit_statement(statement_timeout)$
 select set_config('statement_timeout', :statement_timeout, false)
 
+-- name: listen()!
+-- Each run of the reconcile that ends is told here.
+listen level_sync
+
 -- name: schema_version()$
 select level_sync._schema_version()
 

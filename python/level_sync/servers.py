@@ -112,9 +112,13 @@ class EmbeddedServer:
     def start(self) -> None:
         self._handle(start=False).start()
 
+    def halt(self) -> None:
+        """Stops the server; its data stay."""
+        self._handle(start=True).stop()
+
     def stop(self) -> None:
         """Stops the server and removes its directory."""
-        self._handle(start=True).stop()
+        self.halt()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     @property

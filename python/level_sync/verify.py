@@ -79,18 +79,23 @@ def verify(dsn: str, *, live: bool = False, statement_timeout: str = "") -> list
     with connect(dsn) as connection:
         if statement_timeout:
             queries.limit_statement(connection, statement_timeout=statement_timeout)
-        try:
-            checks = [Check(**row) for row in queries.health(connection)]
-        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction) as error:
-            detail = f"level_sync is not there, or only half: {str(error).strip()}"
-            return [Check("installation", False, detail, "Run level-sync migrate.")]
-        checks.append(_compare_with_shipped(connection))
-        if live:
-            checks += _write_live(connection)
-        access = queries.cron_access(connection)
-        if access["is_preloaded"] and not access["is_here"]:
-            checks = [check for check in checks if not (check.name == "schedule" and check.ok is None)]
-            checks += _look_into_cron_database(dsn, connection, access["cron_database"])
+        return checks_of(connection, dsn, live=live)
+
+
+def checks_of(connection: psycopg.Connection[Any], dsn: str, *, live: bool = False) -> list[Check]:
+    """Makes every check over an open connection; the dsn is for the database of pg_cron, where that is another one."""
+    try:
+        checks = [Check(**row) for row in queries.health(connection)]
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction) as error:
+        detail = f"level_sync is not there, or only half: {str(error).strip()}"
+        return [Check("installation", False, detail, "Run level-sync migrate.")]
+    checks.append(_compare_with_shipped(connection))
+    if live:
+        checks += _write_live(connection)
+    access = queries.cron_access(connection)
+    if access["is_preloaded"] and not access["is_here"]:
+        checks = [check for check in checks if not (check.name == "schedule" and check.ok is None)]
+        checks += _look_into_cron_database(dsn, connection, access["cron_database"])
     return checks
 
 
