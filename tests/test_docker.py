@@ -11,6 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from command_line import run
 from conftest import dsn_of, temporary_directory
 from level_sync.servers import SystemServer, has_extension, system_binaries
 
@@ -44,6 +45,7 @@ def script(server: SystemServer, path: Path) -> subprocess.CompletedProcess[str]
         "POSTGRES_DB": "academy",
         "PGHOST": str(server.directory),
         "HOME": "/nonexistent",
+        "MONITOR_PASSWORD": "it's a \\ secret",
     }
     return subprocess.run(["bash", path], env=environment, capture_output=True, text=True, check=False)
 
@@ -68,6 +70,9 @@ def test_first_start_installs_and_schedules_and_is_healthy(container):
         connection.execute("alter table user_licenses disable trigger user")
         assert "is disabled" in script(container, DOCKER / "healthcheck").stdout
         connection.execute("alter table user_licenses enable trigger user")
+    monitored = run("metrics", "--dsn", dsn_of(container, "academy", "monitor"))
+    assert monitored.exit_code == 0
+    assert "level_sync_up 1.0" in monitored.stdout
 
 
 def test_jobs_run_in_workers_of_the_server_so_that_no_password_is_needed(container):
@@ -82,6 +87,17 @@ def test_compose_has_a_volume_no_default_password_and_stays_on_this_machine():
     assert "POSTGRES_PASSWORD: ${POSTGRES_PASSWORD:?" in text
     assert "academy:/var/lib/postgresql" in text
     assert '"127.0.0.1:5432:5432"' in text
+
+
+def test_monitoring_is_optional_and_its_parts_find_each_other():
+    text = (DOCKER / "compose.yml").read_text()
+    assert text.count("profiles: [monitoring]") == 3
+    exporter = re.search(r'--listen, "0.0.0.0:(\d+)"', text)[1]
+    configuration = (DOCKER / "prometheus" / "prometheus.yml").read_text()
+    assert f'"exporter:{exporter}"' in configuration
+    assert '"alertmanager:9093"' in configuration
+    assert re.findall(r'- "([\d.]+):\d+:\d+"', text) == ["127.0.0.1"] * 3
+    assert "'/opt/level_sync/source[metrics]'" in (DOCKER / "Dockerfile").read_text()
 
 
 def test_image_copies_what_exists_and_runs_the_scripts_that_are_there():

@@ -1,0 +1,270 @@
+"""docker/RUNBOOK.md: for every alert the database is broken in that way, and each step of its section is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from academy import LICENSE, PROGRESS, add_pair, bypass, configure, drain, set_level
+from command_line import run
+from conftest import dsn_of, free_port
+from level_sync.servers import has_extension, system_binaries
+
+DOCKER = Path(__file__).resolve().parent.parent / "docker"
+STEPS = ("Look", "Do", "See that it worked")
+
+pytestmark = pytest.mark.leftovers
+
+
+@dataclass
+class Section:
+    """What the runbook says of one alert: the checks it stands for, and the code of each step by its language."""
+
+    checks: list[str]
+    steps: dict[str, tuple[str, str]]
+    wants_no_row: bool
+
+
+def sections() -> dict[str, Section]:
+    found = {}
+    for part in re.split(r"(?m)^## ", (DOCKER / "RUNBOOK.md").read_text())[1:]:
+        alert = part.split("\n", 1)[0]
+        checks = re.search(r"^Checks?: (.*)\.$", part, re.MULTILINE)
+        steps = {}
+        for step, text in re.findall(r"\*\*(Look|Do|See that it worked)\*\*(.*?)(?=\n\*\*|\Z)", part, re.DOTALL):
+            language, code = re.search(r"```(\w+)\n(.*?)```", text, re.DOTALL).groups()
+            steps[step] = (language, code)
+        found[alert] = Section(
+            re.findall(r"`([\w ]+)", checks[1]) if checks else [], steps, "**See that it worked**: no row." in part
+        )
+    return found
+
+
+SECTIONS = sections()
+
+
+class Operator:
+    """Somebody on call with a shell, psql and the runbook."""
+
+    def __init__(self, database, folder: Path) -> None:
+        self.database = database
+        self.folder = folder
+        self.port = free_port()
+        self.role = f"monitor_of_{database.name}"
+        self.url = database.dsn
+        self.goes_home: Callable[[], object] = lambda: None
+
+    def does(self, language: str, code: str) -> subprocess.CompletedProcess[str]:
+        binaries = self.database.server.binaries
+        command = [str(binaries / "psql"), "--no-psqlrc", "-qAt", "--set=ON_ERROR_STOP=1", self.database.dsn]
+        if language == "sh":
+            command = ["bash", "-e"]
+            code = code.replace("9930", str(self.port)).replace("grant monitor", f"grant {self.role}")
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:{binaries}:/usr/bin:/bin",
+            "DATABASE_URL": self.url,
+            "OWNER_URL": self.database.dsn,
+            "HOME": str(self.folder),
+            "COLUMNS": "200",
+        }
+        return subprocess.run(
+            command,
+            input=code,
+            env=environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+
+@pytest.fixture
+def operator(database, db, tmp_path):
+    operator = Operator(database, tmp_path)
+    db.execute(f"create role {operator.role} login")
+    db.execute("select level_sync._grant_to(%s, 'reader')", [operator.role])
+    yield operator
+    operator.goes_home()
+    listening = subprocess.run(
+        ["pgrep", "--full", f"--listen 127.0.0.1:{operator.port}"], capture_output=True, text=True, check=False
+    )
+    for pid in listening.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    db.execute(f"drop owned by {operator.role}")
+    db.execute(f"drop role {operator.role}")
+
+
+def refuse_level_5(db) -> Callable[[], object]:
+    """Licenses of level 5 cannot be written any more; returns what removes the cause."""
+    db.execute(f"alter table {LICENSE} add constraint no_five check (current_level <> 5) not valid")
+    return lambda: db.execute(f"alter table {LICENSE} drop constraint no_five")
+
+
+def differ(db) -> None:
+    add_pair(db, 1, level=2)
+    with bypass(db):
+        set_level(db, PROGRESS, 1, 5)
+
+
+def exporter_down(operator, db):
+    pass  # it does not run
+
+
+def database_unreachable(operator, db):
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    db.execute("select level_sync._revoke_from(%s)", [operator.role])
+
+
+def run_failed(operator, db):
+    differ(db)
+    remove_cause = refuse_level_5(db)
+    db.execute("call level_sync.reconcile()")
+    return remove_cause
+
+
+def needs_approval(operator, db):
+    configure(db, repair_limit=0)
+    differ(db)
+    db.execute("call level_sync.reconcile()")
+
+
+def no_success(operator, db):
+    db.execute("call level_sync.reconcile()")
+    db.execute(
+        "update level_sync.sync_log"
+        " set job_start = job_start - interval '2 days', job_end = job_end - interval '2 days'"
+    )
+
+
+def desync_stays(operator, db):
+    configure(db, conflict_policy="report_only")
+    differ(db)
+    db.execute("call level_sync.reconcile()")
+
+
+def queue_dead(operator, db):
+    configure(db, max_attempts=1)
+    add_pair(db, 1, level=2)
+    remove_cause = refuse_level_5(db)
+    set_level(db, PROGRESS, 1, 5)
+    drain(db)
+    return remove_cause
+
+
+def queue_stuck(operator, db):
+    remove_cause = refuse_level_5(db)
+    add_pair(db, 1, level=2)
+    set_level(db, PROGRESS, 1, 5)
+    remove_cause()
+    db.execute("update level_sync.sync_queue set next_attempt_at = now() - interval '1 hour'")
+
+
+def triggers_or_functions_changed(operator, db):
+    add_pair(db, 1, level=2)
+    db.execute(f"alter table {PROGRESS} disable trigger progress_level_changed")
+    set_level(db, PROGRESS, 1, 5)
+    db.execute(
+        "create or replace function level_sync._session_reason() returns text language sql as 'select null::text'"
+    )
+
+
+def schedule_broken(operator, db):
+    if not (operator.database.server.name == "system" and has_extension(system_binaries(), "pg_cron")):
+        pytest.skip("this server has no pg_cron")
+    db.execute(
+        "insert into level_sync.sync_log (status, dry_run, started_by, job_start, backend_pid)"
+        " values ('running', false, 'cron', now() - interval '1 hour', 1)"
+    )
+
+
+def orphans(operator, db):
+    add_pair(db, 1, level=2)
+    with bypass(db):
+        db.execute("delete from users")
+
+
+def rows_hidden(operator, db):
+    # A superuser is never bound: the owner of the tables and of level_sync is an ordinary role here.
+    owner = f"owner_of_{operator.database.name}"
+    db.execute(f"create role {owner}")
+    db.execute(f"grant usage, create on schema level_sync, public to {owner}")
+    for table in (PROGRESS, LICENSE):
+        db.execute(f"alter table {table} owner to {owner}")
+        db.execute(f"alter table {table} enable row level security")
+        db.execute(f"alter table {table} force row level security")
+    for function in ("_check_hidden_rows", "_hidden_tables"):
+        db.execute(f"alter function level_sync.{function}() owner to {owner}")
+
+    def goes_home() -> None:
+        db.execute(f"reassign owned by {owner} to postgres")
+        db.execute(f"drop owned by {owner}")
+        db.execute(f"drop role {owner}")
+
+    operator.goes_home = goes_home
+
+
+def scan_stale(operator, db):
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    db.execute(f"revoke execute on function level_sync._count_desyncs() from {operator.role}")
+    return lambda: db.execute("select level_sync._grant_to(%s, 'reader')", [operator.role])
+
+
+def test_every_alert_has_a_section_and_every_section_an_alert():
+    rules = (DOCKER / "prometheus" / "level_sync.rules.yml").read_text()
+    alerts = re.findall(r"- alert: (\w+)", rules)
+    assert list(SECTIONS) == alerts
+    assert re.findall(r"runbook: RUNBOOK.md#(\w+)", rules) == [alert.lower() for alert in alerts]
+    for section in SECTIONS.values():
+        assert tuple(section.steps) == STEPS
+
+
+def test_every_check_of_verify_is_in_a_section(database):
+    named = {check for section in SECTIONS.values() for check in section.checks}
+    checks = json.loads(run("verify", "--json", "--dsn", database.dsn).stdout)["checks"]
+    assert {check["name"].split(":")[0] for check in checks} <= named
+
+
+BREAKS = {
+    "LevelSyncExporterDown": exporter_down,
+    "LevelSyncDatabaseUnreachable": database_unreachable,
+    "LevelSyncRunFailed": run_failed,
+    "LevelSyncNeedsApproval": needs_approval,
+    "LevelSyncNoSuccess": no_success,
+    "LevelSyncDesyncStays": desync_stays,
+    "LevelSyncQueueDead": queue_dead,
+    "LevelSyncQueueStuck": queue_stuck,
+    "LevelSyncTriggersOrFunctionsChanged": triggers_or_functions_changed,
+    "LevelSyncScheduleBroken": schedule_broken,
+    "LevelSyncOrphans": orphans,
+    "LevelSyncRowsHidden": rows_hidden,
+    "LevelSyncScanStale": scan_stale,
+}
+
+
+@pytest.mark.parametrize("alert", SECTIONS)
+def test_its_steps_mend_what_it_is_about(operator, db, alert):
+    section = SECTIONS[alert]
+    remove_cause = BREAKS[alert](operator, db)
+    seen = operator.does(*section.steps["Look"])
+    assert seen.returncode == 0, seen.stderr
+    assert seen.stdout.strip() != ""
+    not_yet = operator.does(*section.steps["See that it worked"])
+    assert not_yet.returncode != 0 or (section.wants_no_row and not_yet.stdout != ""), not_yet.stdout
+    if remove_cause is not None:
+        remove_cause()
+    done = operator.does(*section.steps["Do"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    worked = operator.does(*section.steps["See that it worked"])
+    assert worked.returncode == 0, worked.stdout + worked.stderr
+    if section.wants_no_row:
+        assert worked.stdout == ""
