@@ -16,10 +16,14 @@ from academy import (
     add_pairs,
     configure,
     delete,
+    drain,
+    drop_user_trigger,
     events,
     insert,
     level,
     levels,
+    queued,
+    user_trigger,
 )
 
 RESTRICT = psycopg.errors.RestrictViolation
@@ -205,6 +209,19 @@ def test_move_of_one_side_is_a_delete_and_an_insert(db, users, table, on_delete)
     move(db, table, 1, to_user=2)
     assert levels(db, 1) == ((None, None) if on_delete == "propagate" else (3, 3))
     assert levels(db, 2) == (3, 3)
+
+
+@BOTH
+def test_a_moved_pair_that_cannot_be_carried_is_queued_with_the_side_that_moved(db, users, table):
+    users(2)
+    configure(db, on_delete="propagate")
+    insert(db, table, 1, 3)
+    user_trigger(db, f"before insert on {OTHER[table]}", "raise exception 'closed for stocktaking'")
+    move(db, table, 1, to_user=2)
+    assert [(user, side) for user, _, side, *_ in queued(db)] == [(2, SIDE[table])]
+    drop_user_trigger(db)
+    drain(db)
+    assert (levels(db, 1), levels(db, 2)) == ((None, None), (3, 3))
 
 
 @BOTH

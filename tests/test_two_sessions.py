@@ -603,3 +603,37 @@ def test_write_takes_no_advisory_lock_and_makes_no_temporary_table(database, db,
     writer.commit()
     holder.rollback()
     drain(db)
+
+
+@BOTH
+def test_the_event_of_a_write_that_waited_names_the_level_the_holder_left(database, db, table):
+    configure(db, lock_wait="500 ms")
+    for user in (1, 2, 3):
+        add_pair(db, user, level=user)
+    holder = hold(database, OTHER[table], 2)
+    holder.execute("set level_sync.own_depth = 0")  # what it writes is for this test alone
+    holder.execute(f"update {OTHER[table]} set current_level = 5 where {KEY[OTHER[table]][0]} = 2")
+    writer = session(database, autocommit=True)
+    with meanwhile(set_level, writer, table, 2, 7):
+        await_state(db, writer)
+        holder.commit()
+    drain(db)
+    assert events(db, 2)[-1][2:4] == (5, 7)
+
+
+@BOTH
+def test_a_held_row_of_a_set_costs_the_others_no_subtransaction(database, db, table):
+    configure(db, inline_limit=0)
+    for user in range(1, 41):
+        add_pair(db, user, level=2)
+    holder = hold(database, OTHER[table], 20)
+    writer = session(database)
+    writer.execute(f"update {table} set current_level = 5")
+    writer.execute("set constraints all immediate")
+    used = writer.execute("select length(current_setting('level_sync.subtransactions'))").fetchone()[0]
+    writer.commit()
+    holder.rollback()
+    assert queued(db) != []
+    assert used <= 5  # a set that failed would be done again in parts
+    drain(db)
+    assert {levels(db, user) for user in range(1, 41)} == {(5, 5)}
