@@ -1,8 +1,9 @@
 # make demo   the story, on an embedded PostgreSQL that stays up for a look around; make stop removes it
 #             with SERVER=system on the machine's own PostgreSQL, where pg_cron is seen to run the job
 # make test   everything the tests need, then the tests
-# make proof  the same with long versions, one after the other: about an hour, or a part of it with
-#             make proof PROOF=tests/test_crashes.py; make bench: level_sync against what people would use instead
+# make proof  the same with long versions, one after the other: about an hour. A part of it:
+#             make proof PROOF=tests/test_crashes.py, or make mutations MUTATIONS='--count 60 --seed 1'
+# make bench  level_sync against what people would use instead
 #             make bench BENCH='--server embedded --only one,hot' for a part; --help says what else
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SERVER ?= embedded
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo psql stop test proof bench clean
+.PHONY: demo psql stop test proof mutations bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -30,10 +31,19 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+	$(BIN)/pytest --embedded-version=16 -k embedded tests/test_write_carries_the_level.py tests/test_reconcile.py
 
 proof: $(VENV)/.test
 	@tests/install_server_packages
 	$(BIN)/pytest --proof --numprocesses=0 --verbose $(PROOF)
+ifndef PROOF
+	$(BIN)/pytest --embedded-version=16 -k embedded
+	$(BIN)/python tests/mutations.py $(MUTATIONS)
+endif
+
+mutations: $(VENV)/.test
+	@tests/install_server_packages
+	$(BIN)/python tests/mutations.py $(MUTATIONS)
 
 bench: $(VENV)/.bench
 	@tests/install_server_packages

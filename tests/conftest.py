@@ -25,6 +25,7 @@ from psycopg import sql
 from level_sync import install
 from level_sync.servers import (
     CRON_CONFIGURATION,
+    EMBEDDED_VERSION,
     EmbeddedServer,
     SystemServer,
     dsn_of,
@@ -50,6 +51,12 @@ _numbers = itertools.count(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proof", action="store_true", help="Run the long versions: more rows, more time. make proof.")
+    parser.addoption(
+        "--embedded-version",
+        type=int,
+        default=EMBEDDED_VERSION,
+        help="PostgreSQL of the tests on the embedded server: 16 or 18.",
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -71,10 +78,10 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def start_server(kind: str, directory: Path) -> Server:
+def start_server(kind: str, directory: Path, embedded_version: int = EMBEDDED_VERSION) -> Server:
     """A new server in the directory, which must not exist; skips where its packages are missing and cannot be got."""
     if kind == "embedded":
-        embedded = EmbeddedServer(directory)
+        embedded = EmbeddedServer(directory, embedded_version)
         embedded.create(CONFIGURATION)
         return embedded
     if system_binaries() is None:
@@ -119,9 +126,11 @@ def temporary_directory() -> Iterator[Path]:
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A running server: Debian's PostgreSQL, then the embedded one. It has a migrated template database."""
     with temporary_directory() as parent:
-        server = start_server(request.param, parent / "server")
+        server = start_server(request.param, parent / "server", request.config.getoption("embedded_version"))
         try:
             with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+                if isinstance(server, EmbeddedServer):
+                    assert connection.info.server_version // 10_000 == server.version
                 connection.execute(f"create database {TEMPLATE}")
             install.migrate(dsn_of(server, TEMPLATE))
             yield server

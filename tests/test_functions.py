@@ -320,7 +320,13 @@ def test_sync_result_is_at_commit_while_somebody_holds_the_other_row(database, d
 def test_advance_license_raises_both_sides_and_says_so(db):
     add_pair(db, 1, level=3)
     answer = advance(db, 1, 5, "head.coach", "passed the exam")
-    assert answer.pop("sync_result")["action"] == "updated"
+    assert answer.pop("sync_result") == {
+        "success": True,
+        "action": "updated",
+        "old_level": 3,
+        "new_level": 5,
+        "message": "progress updated at level 5",
+    }
     assert answer == {
         "success": True,
         "user_id": 1,

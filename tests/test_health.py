@@ -278,6 +278,32 @@ def test_health_itself_judges_the_jobs_where_it_can_read_them(with_cron):
     assert exit_code(verify(with_cron)) == 0
 
 
+def test_purge_deletes_old_runs_of_our_jobs_in_this_database_and_no_others(with_cron):
+    with psycopg.connect(with_cron) as connection:
+        connection.execute("select cron.schedule('nightly', '0 0 * * *', 'select 1')")
+        connection.execute(
+            "select cron.schedule_in_database('level_sync_elsewhere', '0 0 * * *', 'select 1', 'postgres')"
+        )
+        connection.execute(
+            "insert into cron.job_run_details (jobid, runid, database, username, command, status, start_time, end_time)"
+            " select jobid, nextval('cron.runid_seq'), database, username, command, 'succeeded', days.ago, days.ago"
+            " from cron.job"
+            " cross join (values (now() - '91 days'::interval), (now() - '89 days'::interval)) as days (ago)"
+        )
+        connection.execute("call level_sync.purge()")
+        kept = connection.execute(
+            "select jobname, count(*) from cron.job_run_details join cron.job using (jobid)"
+            " where start_time < now() - '80 days'::interval group by 1 order by 1"
+        ).fetchall()
+        assert kept == [
+            ("level_sync_elsewhere", 2),
+            ("level_sync_maintain", 1),
+            ("level_sync_reconcile", 1),
+            ("nightly", 2),
+        ]
+        connection.rollback()
+
+
 def test_launcher_that_is_gone_is_noticed(with_cron):
     """The server starts it again within seconds, so health is asked at once."""
     with psycopg.connect(with_cron, autocommit=True) as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import psycopg
 import pytest
@@ -488,3 +489,24 @@ def test_specializations_are_filtered_and_unknown_ones_are_empty(broken):
     assert broken.execute(find, ["NONE"]).fetchall() == []
     assert len(broken.execute(find, [None]).fetchall()) == 5
     reconcile(broken)
+
+
+def test_progress_is_told_to_a_session_that_asks_and_to_no_other(database, db):
+    configure(db, batch_size=20)
+    add_pairs(db, 1000)
+    with bypass(db):
+        db.execute("update user_licenses set current_level = 2 where user_id <= 40")
+    told: list[dict[str, Any]] = []
+    db.add_notice_handler(lambda notice: told.append(json.loads(notice.message_detail or "{}")))
+    reconcile(db)
+    assert told == []
+    with bypass(db):
+        db.execute("update user_licenses set current_level = 2 where user_id <= 40")
+    db.execute("set level_sync.tell_progress = 'on'")
+    reconcile(db)
+    looking = [(at["done"], at["total"]) for at in told if at["phase"] == "looking"]
+    repairing = [(at["done"], at["total"]) for at in told if at["phase"] != "looking"]
+    assert len(looking) > 1
+    assert looking == sorted(looking)
+    assert all(0 < done < total == 999 for done, total in looking)
+    assert repairing == [(20, 40), (40, 40)]

