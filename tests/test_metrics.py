@@ -20,6 +20,7 @@ from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, delete, set_
 from command_line import run
 from conftest import dsn_of, free_port
 from level_sync.metrics import LevelSyncCollector, registry_of
+from level_sync.scan import Reader
 
 pytestmark = pytest.mark.leftovers
 
@@ -110,12 +111,12 @@ def test_every_figure_is_explained_and_named_as_prometheus_wants_it(database, db
 
 
 def test_a_check_that_turns_red_is_seen_at_the_next_scrape_without_a_scan(database, db):
-    collector = LevelSyncCollector(database.dsn)
+    collector = LevelSyncCollector(Reader(database.dsn))
     assert "level_sync_scan_timestamp_seconds" not in scraped(collector)
     assert scraped(collector)["level_sync_health_check_ok check=triggers"] == 1
     db.execute("alter table user_licenses disable trigger license_level_changed")
     assert scraped(collector)["level_sync_health_check_ok check=triggers"] == 0
-    collector.scan()
+    collector.reader.scan()
     db.execute("alter table user_licenses enable trigger license_level_changed")
     assert scraped(collector)["level_sync_health_check_ok check=triggers"] == 1
 
@@ -124,13 +125,13 @@ def test_a_healed_desync_is_zero_after_the_next_scan_and_the_time_of_the_scan_is
     add_pair(db, 1, level=2)
     with bypass(db):
         set_level(db, PROGRESS, 1, 5)
-    collector = LevelSyncCollector(database.dsn)
+    collector = LevelSyncCollector(Reader(database.dsn))
     name = "level_sync_desync_pairs issue_type=level_mismatch specialization=PLAYER"
-    collector.scan()
+    collector.reader.scan()
     first = scraped(collector)
     db.execute("call level_sync.reconcile()")
     assert (first[name], scraped(collector)[name]) == (1, 1)
-    collector.scan()
+    collector.reader.scan()
     second = scraped(collector)
     assert second[name] == 0
     assert second["level_sync_scan_timestamp_seconds"] > first["level_sync_scan_timestamp_seconds"]
@@ -138,15 +139,15 @@ def test_a_healed_desync_is_zero_after_the_next_scan_and_the_time_of_the_scan_is
 
 
 def test_a_database_that_is_away_is_up_0_and_up_1_at_the_next_scrape_when_it_is_back(database, db, caplog):
-    collector = LevelSyncCollector(database.dsn)
-    assert collector.scan()
+    collector = LevelSyncCollector(Reader(database.dsn))
+    assert collector.reader.scan()
     assert scraped(collector)["level_sync_up"] == 1
     with psycopg.connect(dsn_of(database.server, "postgres"), autocommit=True) as admin:
         admin.execute(f"alter database {database.name} allow_connections false")
         try:
             assert scraped(collector)["level_sync_up"] == 0
             assert "level_sync_desync_pairs" not in str(scraped(collector))
-            assert not collector.scan()
+            assert not collector.reader.scan()
             assert sum("level_sync_up 0" in message for message in caplog.messages) == 1  # once, not at each scrape
         finally:
             admin.execute(f"alter database {database.name} allow_connections true")
@@ -161,9 +162,9 @@ def test_no_database_and_no_installation_are_up_0_and_not_a_crash(empty_database
 
 
 def test_a_scrape_during_a_scan_tells_the_last_figures_and_does_not_wait(database, db):
-    collector = LevelSyncCollector(database.dsn)
+    collector = LevelSyncCollector(Reader(database.dsn))
     before = scraped(collector)["level_sync_collected_timestamp_seconds"]
-    with collector._is_connected:
+    with collector.reader.is_connected:
         began = time.monotonic()
         assert scraped(collector)["level_sync_collected_timestamp_seconds"] == before
         assert time.monotonic() - began < 0.5
@@ -236,8 +237,8 @@ def test_the_exporter_answers_prometheus_and_ends_when_told(database, db, reader
 def test_a_scrape_costs_little_however_many_pairs_there_are(database, db, record_property, pytestconfig):
     pairs = 1_000_000 if pytestconfig.getoption("--proof") else 20_000
     add_pairs(db, pairs)
-    collector = LevelSyncCollector(database.dsn)
-    collector.scan()
+    collector = LevelSyncCollector(Reader(database.dsn))
+    collector.reader.scan()
     times = []
     for _ in range(21):
         began = time.perf_counter()
@@ -245,7 +246,8 @@ def test_a_scrape_costs_little_however_many_pairs_there_are(database, db, record
         times.append(time.perf_counter() - began)
     median = statistics.median(times)
     record_property(
-        "figure", f"a scrape of {pairs:,} pairs: {median * 1000:.0f} ms, scan {collector._scan.duration:.2f} s"
+        "figure",
+        f"a scrape of {pairs:,} pairs: {median * 1000:.0f} ms, scan {collector.reader.last_scan.duration:.2f} s",
     )
     # A busy machine is given room; the proof, which runs alone, is not.
     assert median < (0.05 if pytestconfig.getoption("--proof") else 0.5)

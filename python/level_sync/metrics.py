@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,74 +19,36 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from level_sync import verify as verification
-from level_sync.database import connect, queries
+from level_sync.database import queries
+from level_sync.scan import Reader
 
-SCRAPE_TIMEOUT = "5s"
-SCAN_TIMEOUT = "10min"
-# A server that has gone without a word is noticed: seconds until connected, milliseconds until an answer is given up.
-NETWORK: dict[str, Any] = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
-
-log = logging.getLogger("level_sync.metrics")
+log = logging.getLogger("level_sync")
 
 
-@dataclass
-class Scan:
-    """What a look at every pair has found; at and duration in seconds."""
-
-    at: float
-    duration: float
-    desyncs: list[dict[str, Any]]
-    checks: dict[str, bool | None]
-
-
-@dataclass(eq=False)
 class LevelSyncCollector(Collector):
-    """Reads level_sync as a role that is its reader. One connection at a time, for as long as the queries take.
+    """What stands in level_sync now, and what the last scan of its reader found.
 
     A database that does not answer is level_sync_up 0, with the reason in the log; never an exception.
     """
 
-    dsn: str
-    is_up: bool = True
-    _scan: Scan | None = None
-    _latest: list[GaugeMetricFamily] = field(default_factory=list)
-    _is_connected: threading.Lock = field(default_factory=threading.Lock)
-
-    def scan(self) -> bool:
-        """Looks at every pair and makes every check of `level-sync verify`. Returns whether that was possible."""
-        with self._is_connected:
-            began = time.time()
-            try:
-                with self._connect(SCAN_TIMEOUT) as connection:
-                    desyncs = list(queries.count_desyncs(connection))
-                checks = {
-                    check.name: check.ok for check in verification.verify(self.dsn, statement_timeout=SCAN_TIMEOUT)
-                }
-            except psycopg.Error as error:
-                log.warning("no scan of all pairs: %s", str(error).strip())
-                return False
-            self._scan = Scan(began, time.time() - began, desyncs, checks)
-            return True
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.is_up = True
+        self._latest: list[GaugeMetricFamily] = []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         # While a scan has the connection, the figures of the last scrape are told again rather than waited for.
-        if self._is_connected.acquire(blocking=not self._latest):
+        if self.reader.is_connected.acquire(blocking=not self._latest):
             try:
                 self._latest = list(self._read())
             finally:
-                self._is_connected.release()
+                self.reader.is_connected.release()
         yield from self._latest
-
-    def _connect(self, statement_timeout: str) -> psycopg.Connection[dict[str, Any]]:
-        connection = connect(self.dsn, **NETWORK)
-        queries.limit_statement(connection, statement_timeout=statement_timeout)
-        return connection
 
     def _read(self) -> Iterator[GaugeMetricFamily]:
         yield gauge("build_info", "Version of this exporter's package.", {(version("level-sync"),): 1}, "version")
         try:
-            with self._connect(SCRAPE_TIMEOUT) as connection:
+            with self.reader.connection() as connection:
                 figures = list(self._figures(connection))
         except psycopg.Error as error:
             if self.is_up:
@@ -104,14 +65,11 @@ class LevelSyncCollector(Collector):
         yield gauge(
             "schema_version", "Number of the newest migration applied.", {(): queries.schema_version(connection)}
         )
-        checks = {row["name"]: row["ok"] for row in queries.quick_health(connection)}
-        if self._scan is not None:
-            # What this role cannot see in a glance may have been seen by the scan, which also looks further.
-            checks = self._scan.checks | {name: ok for name, ok in checks.items() if ok is not None}
+        checks = self.reader.checks(list(queries.quick_health(connection)))
         yield gauge(
             "health_check_ok",
             "1 where a check of level_sync.health is good; 0 where it is not, or could not be made.",
-            {(name,): float(ok is True) for name, ok in checks.items()},
+            {(check.name,): float(check.ok is True) for check in checks},
             "check",
         )
         queue: dict[str, Any] = queries.queue_figures(connection)
@@ -163,17 +121,19 @@ class LevelSyncCollector(Collector):
         )
 
     def _scanned(self) -> Iterator[GaugeMetricFamily]:
-        if self._scan is None:
+        if self.reader.last_scan is None:
             return
         yield gauge(
             "desync_pairs",
             "Pairs whose sides differed at the last scan.",
-            {(row["issue_type"], row["specialization"]): row["pairs"] for row in self._scan.desyncs},
+            {(row["issue_type"], row["specialization"]): row["pairs"] for row in self.reader.last_scan.desyncs},
             "issue_type",
             "specialization",
         )
-        yield gauge("scan_timestamp_seconds", "When the last scan of all pairs began.", {(): self._scan.at})
-        yield gauge("scan_duration_seconds", "How long the last scan of all pairs took.", {(): self._scan.duration})
+        yield gauge("scan_timestamp_seconds", "When the last scan of all pairs began.", {(): self.reader.last_scan.at})
+        yield gauge(
+            "scan_duration_seconds", "How long the last scan of all pairs took.", {(): self.reader.last_scan.duration}
+        )
 
 
 def gauge(name: str, meaning: str, values: dict[tuple[str, ...], Any], *labels: str) -> GaugeMetricFamily:
@@ -186,13 +146,10 @@ def gauge(name: str, meaning: str, values: dict[tuple[str, ...], Any], *labels: 
 
 def serve(dsn: str, host: str, port: int, *, scan_interval: float, stop: threading.Event) -> None:
     """Answers scrapes, and looks at every pair each scan_interval seconds, until stop is set. Raises OSError."""
-    collector = LevelSyncCollector(dsn)
-    server, thread = start_http_server(port, host, registry_of(collector))
+    reader = Reader(dsn)
+    server, thread = start_http_server(port, host, registry_of(LevelSyncCollector(reader)))
     try:
-        while True:
-            collector.scan()
-            if stop.wait(scan_interval):
-                return
+        reader.keep_scanning(scan_interval, stop)
     finally:
         server.shutdown()
         server.server_close()
@@ -204,8 +161,8 @@ def once(dsn: str, textfile: Path | None = None) -> tuple[str, bool]:
 
     The textfile is replaced in one step, as node_exporter's textfile collector needs it. Raises OSError.
     """
-    collector = LevelSyncCollector(dsn)
-    collector.scan()
+    collector = LevelSyncCollector(Reader(dsn))
+    collector.reader.scan()
     registry = registry_of(collector)
     if textfile is None:
         return generate_latest(registry).decode(), collector.is_up

@@ -71,14 +71,9 @@ def exit_code(checks: list[Check]) -> int:
     return code
 
 
-def verify(dsn: str, *, live: bool = False, statement_timeout: str = "") -> list[Check]:
-    """Makes every check. Raises psycopg.OperationalError where there is no connection.
-
-    No statement takes longer than statement_timeout, an interval such as 10min; without it the server's setting holds.
-    """
+def verify(dsn: str, *, live: bool = False) -> list[Check]:
+    """Makes every check. Raises psycopg.OperationalError where there is no connection."""
     with connect(dsn) as connection:
-        if statement_timeout:
-            queries.limit_statement(connection, statement_timeout=statement_timeout)
         return checks_of(connection, dsn, live=live)
 
 

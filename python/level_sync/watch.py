@@ -21,14 +21,14 @@ import psycopg
 
 from level_sync import verify as verification
 from level_sync.database import connect, queries, read_dsn
+from level_sync.scan import NETWORK
 from level_sync.verify import Check
 
 CHECK_TIMEOUT = "5min"
-NETWORK: dict[str, Any] = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
 SEND_TIMEOUT = 30  # seconds
 MESSAGES_KEPT = 100
 
-log = logging.getLogger("level_sync.watch")
+log = logging.getLogger("level_sync")
 
 
 @dataclass(frozen=True)
