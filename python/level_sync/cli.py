@@ -489,6 +489,40 @@ def metrics(
 
 
 @app.command()
+def dashboard(
+    dsn: Dsn = "",
+    listen: Annotated[str, typer.Option("--listen", help="HOST:PORT; nothing is encrypted.")] = "127.0.0.1:9931",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file",
+            help="File with the token that browsers then ask for as a password; a must beyond this machine.",
+        ),
+    ] = None,
+    scan_interval: Annotated[
+        float,
+        typer.Option("--scan-interval", min=1, help="Seconds between two looks at every pair; the rest is read anew."),
+    ] = 300,
+) -> None:
+    """Show in a browser whether all is in step and what to do. The role needs level-sync grant ROLE --as reader."""
+    host, port = _address(listen)
+    with _plain_errors(), _extra("dashboard"):
+        from level_sync import dashboard as pages
+
+        read_dsn(dsn)
+        token = token_file.read_text(encoding="utf-8").strip() if token_file else None
+        if host not in pages.LOOPBACK and not token_file:
+            raise typer.BadParameter(
+                f"{host} is not this machine alone: give --token-file, so that not everybody sees it"
+            )
+        if token is not None and len(token) < pages.SHORTEST_TOKEN:
+            raise typer.BadParameter(f"the token in {token_file} is shorter than {pages.SHORTEST_TOKEN} characters")
+        error_console.print(f"dashboard at http://{listen}/", highlight=False, markup=False)
+        logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+        pages.serve(dsn, host, port, scan_interval=scan_interval, token=token)
+
+
+@app.command()
 def watch(
     dsn: Dsn = "",
     email: Annotated[

@@ -139,6 +139,65 @@ select run_id, status, dry_run, direction, started_by, job_start, duration_secon
  order by run_id desc
  limit :row_limit
 
+-- name: runs_since(since)
+select run_id, status, job_start, duration_seconds, issues_found, synced_count, failed_count
+  from level_sync.sync_log
+ where job_start >= :since
+   and not dry_run
+ order by run_id
+
+-- name: runs_before(before, row_limit)
+select run_id, status, dry_run, direction, started_by, job_start, duration_seconds, issues_found, synced_count,
+       failed_count, error
+  from level_sync.sync_log
+ where (:before::bigint is null or run_id < :before)
+ order by run_id desc
+ limit :row_limit
+
+-- name: run(run_id)^
+select run_id, status, dry_run, direction, started_by, job_start, job_end, duration_seconds, issues_found, synced_count,
+       failed_count, error, (results ->> 'plan')::bigint as plan
+  from level_sync.sync_log
+ where run_id = :run_id
+
+-- name: plan_after(run_id, after_user, after_specialization, row_limit)
+select user_id, specialization, issue_type, action, progress_level, license_level, outcome
+  from level_sync.sync_plan
+ where run_id = :run_id
+   and (:after_user::bigint is null or (user_id, specialization) > (:after_user, :after_specialization))
+ order by user_id, specialization
+ limit :row_limit
+
+-- name: repairs_after(run_id, after_event, row_limit)
+-- The BRIN index on occurred_at finds the time of the run, however long the table is.
+select event.event_id, event.user_id, event.specialization, event.action, event.direction, event.old_level, event.new_level,
+       event.occurred_at
+  from level_sync.sync_log as log
+  join level_sync.sync_events as event
+    on event.occurred_at between log.job_start and coalesce(log.job_end, clock_timestamp())
+   and event.run_id = log.run_id
+ where log.run_id = :run_id
+   and (:after_event::bigint is null or event.event_id > :after_event)
+ order by event.event_id
+ limit :row_limit
+
+-- name: queue_after(after, row_limit)
+select queue_id, queued_at, user_id, specialization, side, sqlstate, message, attempts, next_attempt_at, dead_at, actor,
+       reason
+  from level_sync.sync_queue
+ where :after::bigint is null or queue_id > :after
+ order by queue_id
+ limit :row_limit
+
+-- name: events_before(user_id, before, row_limit)
+select event_id, occurred_at, specialization, direction, action, old_level, new_level, source, run_id, session_role, actor,
+       reason
+  from level_sync.sync_events
+ where user_id = :user_id
+   and (:before::bigint is null or event_id < :before)
+ order by event_id desc
+ limit :row_limit
+
 -- name: undo(run_id)$
 select level_sync.undo(:run_id)
 

@@ -72,5 +72,8 @@ class Reader:
     def checks(self, quick: list[dict[str, Any]]) -> list[verification.Check]:
         """The quick checks as they are now, and what only the last scan could see."""
         now = {row["name"]: verification.Check(**row) for row in quick}
-        seen = {check.name: check for check in self.last_scan.checks} if self.last_scan else {}
-        return list((now | seen | {name: check for name, check in now.items() if check.ok is not None}).values())
+        if self.last_scan is None:
+            return list(now.values())
+        # What could not be made at a glance, such as a look into another database, the scan has made.
+        made = {name: check for name, check in now.items() if check.ok is not None}
+        return list(({check.name: check for check in self.last_scan.checks} | made).values())

@@ -1,0 +1,482 @@
+"""level-sync dashboard in a real browser: what is wrong, what to do, and nothing that a hostile text could do."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import psycopg
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, set_level, wait_until
+from command_line import run
+from conftest import dsn_of, free_port
+from level_sync import dashboard, schedule
+from level_sync.scan import Reader
+from level_sync.servers import has_extension
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATHS = ["/", "/runs", "/runs/1", "/queue", "/users", "/users?id=1"]
+TOKEN = "a token of some length"  # noqa: S105
+HOSTILE = (
+    """<script>document.title = 'owned'</script><img src=x onerror="document.title='owned'">"'&{{ 7 * 7 }}\u202etxt"""
+)
+
+pytestmark = pytest.mark.leftovers
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here: tests/install_server_packages installs it as root on Debian or Ubuntu"
+)
+
+
+@contextmanager
+def shown(dsn: str, token: str | None = None) -> Iterator[tuple[str, Reader]]:
+    """The dashboard at work: its address and its reader. Scans are made by the test."""
+    reader = Reader(dsn)
+    port = free_port()
+    configuration = uvicorn.Config(dashboard.application(reader, token), port=port, log_level="warning")
+    server = uvicorn.Server(configuration)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{port}", reader
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@pytest.fixture
+def site(database) -> Iterator[tuple[str, Reader]]:
+    with shown(database.dsn) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A tab that fails the test for any error, dialog or breach of the Content-Security-Policy."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(dialog.message))
+    page.on("console", lambda message: complaints.append(message.text) if "Content Security" in message.text else None)
+    yield page
+    context.close()
+    assert complaints == []
+
+
+def get(url: str, headers: dict[str, str] | None = None, method: str = "GET") -> tuple[int, str, dict[str, str]]:
+    try:
+        request = urllib.request.Request(url, headers=headers or {}, method=method)  # noqa: S310
+        with urllib.request.urlopen(request) as answer:  # noqa: S310
+            return answer.status, answer.read().decode(), dict(answer.headers)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode(), dict(error.headers)
+
+
+def look_again(page: Page) -> None:
+    """What the page does by itself every ten seconds."""
+    with page.expect_response(lambda response: response.request.resource_type == "fetch"):
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+
+def troubled_academy(db) -> None:
+    """Runs of all kinds, a desync, a queue with an error, a history with names."""
+    add_pairs(db, 30, level=2)
+    for day in range(27, 0, -1):
+        with bypass(db):
+            db.execute(f"update {PROGRESS} set current_level = mod(current_level, 7) + 1 where student_id <= {day % 9}")
+            db.execute(f"update {LICENSE} set max_achieved_level = 8")
+        db.execute("call level_sync.reconcile()")
+        db.execute(
+            "update level_sync.sync_log set job_start = job_start - make_interval(days => %s),"
+            " job_end = job_end - make_interval(days => %s)"
+            " where run_id = (select max(run_id) from level_sync.sync_log)",
+            [day, day],
+        )
+        with bypass(db):
+            db.execute(
+                "update level_sync.sync_events set occurred_at = occurred_at - make_interval(days => %s)"
+                " where run_id = (select max(run_id) from level_sync.sync_log)",
+                [day],
+            )
+    db.execute("call level_sync.reconcile()")
+    db.execute(f"alter table {LICENSE} add constraint exam_closed check (current_level <> 8) not valid")
+    db.execute("set level_sync.actor = 'head.coach'")
+    db.execute("set level_sync.reason = 'passed the exam'")
+    set_level(db, PROGRESS, 1, 8)
+    with bypass(db):
+        set_level(db, PROGRESS, 2, 7)
+    db.execute(f"alter table {LICENSE} disable trigger license_level_changed")
+
+
+@needs_chromium
+def test_where_all_is_well_it_says_so(database, db, page):
+    if database.server.name != "system" or not has_extension(database.server.binaries, "pg_cron"):
+        pytest.skip("without pg_cron the schedule is never good")
+    add_pair(db, 1)
+    schedule.schedule(database.dsn, None)
+    try:
+        db.execute("call level_sync.reconcile()")
+        with shown(database.dsn) as (address, reader):
+            reader.scan()
+            page.goto(address)
+            expect(page.get_by_role("heading", level=1)).to_have_text("Everything is in step")
+            expect(page.locator(".todo")).to_have_count(0)
+            expect(page.get_by_text("None: every pair has one level.")).to_be_visible()
+    finally:
+        schedule.unschedule(database.dsn)
+
+
+@needs_chromium
+def test_what_is_wrong_stands_first_with_what_to_do(db, site, page):
+    troubled_academy(db)
+    address, reader = site
+    reader.scan()
+    page.goto(address)
+    expect(page.get_by_role("heading", level=1)).to_contain_text("need somebody")
+    triggers = page.locator(".todo > li", has_text="triggers")
+    expect(triggers).to_contain_text("license_level_changed on public.user_licenses is disabled")
+    expect(triggers).to_contain_text("What to do: Run level-sync migrate")
+    expect(page.get_by_role("table", name="Pairs out of step")).to_contain_text("level_mismatchPLAYER2")
+    assert page.title() == f"{page.locator('.todo > li').count()} to do · level_sync"
+
+
+@needs_chromium
+def test_the_runs_of_the_last_weeks_are_a_picture_that_leads_to_each_of_them(db, site, page):
+    troubled_academy(db)
+    page.goto(site[0])
+    picture = page.get_by_role("img", name="Runs of the reconcile")
+    expect(picture).to_be_visible()
+    assert page.locator("svg a").count() == 28
+    assert "28 runs; the most found at once is 8" in page.locator("svg > desc").text_content()
+    heights = [float(bar.get_attribute("height")) for bar in page.locator("svg rect.found").all()]
+    assert max(heights) == 140
+    assert heights.count(0) >= 3  # runs that found nothing
+    page.locator("svg a").nth(1).click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Run 2")
+    expect(page.get_by_role("table", name="What it has done")).to_contain_text("progress_to_license")
+
+
+@needs_chromium
+def test_a_run_shows_its_plan_and_its_repairs(db, site, page):
+    add_pairs(db, 250, level=2)
+    with bypass(db):
+        db.execute(f"update {PROGRESS} set current_level = 5")
+    configure(db, repair_limit=100)
+    db.execute("call level_sync.reconcile()")
+    page.goto(site[0] + "/runs/1")
+    expect(page.get_by_text("call level_sync.reconcile(plan => 1, approve => true);")).to_be_visible()
+    table = page.get_by_role("table", name="What it means to do")
+    expect(table.get_by_role("row")).to_have_count(101)
+    page.get_by_role("link", name="More of the plan").click()
+    page.get_by_role("link", name="More of the plan").click()
+    expect(page.get_by_role("table", name="What it means to do").get_by_role("row")).to_have_count(51)
+    db.execute("call level_sync.reconcile(plan => 1, approve => true)")
+    page.goto(site[0] + "/runs/2")
+    expect(page.get_by_role("table", name="What it has done").get_by_role("row")).to_have_count(101)
+    page.get_by_role("link", name="More repairs").click()
+    page.get_by_role("link", name="More repairs").click()
+    expect(page.get_by_role("table", name="What it has done").get_by_role("row")).to_have_count(51)
+
+
+@needs_chromium
+def test_a_history_says_who_and_why(db, site, page):
+    add_pair(db, 7, level=2)
+    db.execute("set level_sync.actor = 'head.coach'")
+    db.execute("set level_sync.reason = 'passed the exam'")
+    set_level(db, LICENSE, 7, 5)
+    page.goto(site[0])
+    page.get_by_label("User id").fill("7")
+    page.get_by_role("button", name="Show").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Levels of user 7")
+    newest = page.get_by_role("row").nth(1)
+    expect(newest).to_contain_text("head.coach")
+    expect(newest).to_contain_text("passed the exam")
+    expect(newest).to_contain_text("license_to_progress")
+
+
+@needs_chromium
+def test_hostile_names_reasons_and_errors_are_only_text(db, site, page):
+    add_pair(db, 1, level=2)
+    db.execute(
+        "select set_config('level_sync.actor', %s, false), set_config('level_sync.reason', %s, false)",
+        [HOSTILE, HOSTILE],
+    )
+    db.execute(
+        f"create function public.refuse() returns trigger language plpgsql as $f$ begin"
+        f" raise exception '%', $h${HOSTILE}$h$; end $f$"
+    )
+    set_level(db, PROGRESS, 1, 3)
+    db.execute(f"create trigger refuse before update on {LICENSE} for each row execute function public.refuse()")
+    set_level(db, PROGRESS, 1, 4)
+    for path in ("/users?id=1", "/queue", "/"):
+        page.goto(site[0] + path)
+        look_again(page)
+        assert "owned" not in page.title()
+        assert page.locator("main img, main script").count() == 0
+    page.goto(site[0] + "/users?id=1")
+    shown_text = page.get_by_role("row").nth(1).inner_text()
+    assert "<script>document.title = 'owned'</script>" in shown_text
+    assert "{{ 7 * 7 }}" in shown_text
+    assert "\u202e" not in shown_text
+
+
+@needs_chromium
+def test_ten_thousand_queued_pairs_are_shown_a_page_at_a_time(db, site, page):
+    db.execute(
+        "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)"
+        " select n, 'PLAYER', 'progress', 'level_changed', '55000', repeat('a long message ', 20) || n"
+        " from generate_series(1, 10000) as n"
+    )
+    began = time.monotonic()
+    page.goto(site[0] + "/queue")
+    assert time.monotonic() - began < 5
+    expect(page.get_by_role("row")).to_have_count(101)
+    expect(page.get_by_role("row").nth(1)).to_contain_text("a long message 1")
+    page.get_by_role("link", name="More").click()
+    expect(page.get_by_role("row").nth(1).get_by_role("link")).to_have_text("101")
+
+
+@needs_chromium
+def test_it_updates_itself_and_keeps_what_the_reader_has_opened(db, site, page):
+    address, reader = site
+    reader.scan()
+    page.goto(address)
+    expect(page.locator(".todo > li", has_text="triggers")).to_have_count(0)
+    page.get_by_text("checks", exact=False).locator("xpath=ancestor-or-self::summary").click()
+    page.get_by_label("User id").fill("12")
+    page.evaluate("document.querySelector('details').marked = true")
+    db.execute(f"alter table {LICENSE} disable trigger license_level_changed")
+    look_again(page)
+    expect(page.locator(".todo > li", has_text="triggers")).to_have_count(1)
+    assert page.get_by_label("User id").input_value() == "12"
+    assert page.evaluate("document.activeElement.id") == "id"
+    assert page.evaluate("document.querySelector('details').open && document.querySelector('details').marked")
+
+
+@needs_chromium
+def test_a_database_that_is_away_is_said_and_the_page_comes_back_by_itself(database, db, site, page):
+    page.goto(site[0])
+    with psycopg.connect(dsn_of(database.server, "postgres"), autocommit=True) as admin:
+        admin.execute(f"alter database {database.name} allow_connections false")
+        try:
+            look_again(page)
+            expect(page.get_by_role("heading", level=1)).to_have_text("The database does not answer")
+            assert get(site[0])[0] == 503
+        finally:
+            admin.execute(f"alter database {database.name} allow_connections true")
+    look_again(page)
+    expect(page.get_by_role("heading", level=1)).to_contain_text("need")
+
+
+@needs_chromium
+def test_a_dashboard_that_is_gone_is_said_on_the_page(database, page):
+    with shown(database.dsn) as (address, _):
+        page.goto(address)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect(page.get_by_role("status")).to_contain_text("this is old")
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_fits_a_phone_in_light_and_dark(db, browser, site, tmp_path, scheme):
+    troubled_academy(db)
+    site[1].scan()
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page = context.new_page()
+    for path in PATHS:
+        page.goto(site[0] + path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
+    context.close()
+
+
+@needs_chromium
+def test_keyboard_and_screen_reader_find_their_way(db, site, page):
+    troubled_academy(db)
+    site[1].scan()
+    for path in PATHS:
+        page.goto(site[0] + path)
+        assert page.locator("html").get_attribute("lang") == "en"
+        assert page.locator("h1").count() == 1
+        assert page.locator("main").count() == 1
+        assert page.locator("th:not([scope])").count() == 0
+        assert page.locator("table:not(:has(caption))").count() == 0
+        unnamed = page.evaluate(
+            "[...document.querySelectorAll('input')].filter(field => field.labels.length === 0).length"
+        )
+        assert unnamed == 0
+        assert page.evaluate(
+            "[...document.querySelectorAll('[id]')].every((e, _, all) => all.filter(o => o.id === e.id).length === 1)"
+        )
+        levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(heading => +heading.tagName[1])")
+        assert all(later - before <= 1 for before, later in pairwise(levels))
+    page.goto(site[0])
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+
+
+def test_colours_can_be_told_apart_by_everybody():
+    """WCAG AA: text has a contrast of at least 4.5 to what it stands on."""
+
+    def luminance(colour: str) -> float:
+        if len(colour) == 4:
+            colour = "#" + "".join(2 * digit for digit in colour[1:])
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    palettes = re.findall(r":root \{(.*?)\}", (dashboard.HERE / "static" / "dashboard.css").read_text(), re.DOTALL)
+    assert len(palettes) == 2
+    for palette in palettes:
+        colours = dict(re.findall(r"--(\w+): (#\w+);", palette))
+        for text in ("text", "quiet", "link", "good", "bad", "unknown"):
+            for ground in ("ground", "raised"):
+                lighter, darker = sorted([luminance(colours[text]), luminance(colours[ground])], reverse=True)
+                assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (text, ground)
+
+
+def test_every_answer_binds_the_browser(db, site):
+    db.execute("call level_sync.reconcile()")
+    for path in [
+        *PATHS,
+        "/static/dashboard.css",
+        "/static/dashboard.js",
+        "/nothing",
+        "/users?id=x",
+        "/runs/99999999999999999999",
+    ]:
+        _, text, headers = get(site[0] + path)
+        policy = headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; style-src 'self'; script-src 'self';")
+        assert "unsafe" not in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "http://" not in text.replace("http://www.w3.org", "")
+        assert "https://" not in text
+        assert not re.search(r"<script(?! src=\"/static)|\son\w+=|\sstyle=", text)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("/users?id=x", 400, "id must be a number."),
+        ("/users?id=99999999999999999999", 400, "No id is as large as that."),
+        ("/runs/99999999999999999999", 400, "No id is as large as that."),
+        ("/runs/77", 404, "There is no run 77"),
+        ("/queue?after=%27", 400, "after must be a number."),
+        ("/nothing", 404, "Not Found"),
+        ("/static/../__init__.py", 404, "Not Found"),
+    ],
+)
+def test_what_is_not_there_is_refused_plainly(site, path, status, message):
+    found, text, _ = get(site[0] + path)
+    assert (found, message in text) == (status, True)
+
+
+def test_nothing_can_be_written_and_other_names_are_not_answered(site):
+    assert get(site[0], method="POST")[0] == 405
+    assert get(site[0], method="DELETE")[0] == 405
+    assert get(site[0], headers={"Host": "evil.example"})[0] == 400
+
+
+def test_a_reader_who_may_not_write_sees_every_page(database, db):
+    db.execute("call level_sync.reconcile()")
+    role = f"viewer_of_{database.name}"
+    db.execute(f"create role {role} login")
+    db.execute("select level_sync._grant_to(%s, 'reader')", [role])
+    try:
+        with shown(dsn_of(database.server, database.name, role) + " options='-c default_transaction_read_only=on'") as (
+            address,
+            reader,
+        ):
+            assert reader.scan()
+            assert [get(address + path)[0] for path in PATHS] == [200] * len(PATHS)
+    finally:
+        db.execute(f"drop owned by {role}")
+        db.execute(f"drop role {role}")
+
+
+def test_with_a_token_only_who_has_it_is_let_in_and_it_stands_nowhere(database):
+    def authorization(password: str) -> dict[str, str]:
+        return {"Authorization": "Basic " + base64.b64encode(f"me:{password}".encode()).decode()}
+
+    with shown(database.dsn, TOKEN) as (address, _):
+        for headers in (
+            {},
+            authorization("wrong"),
+            authorization(""),
+            {"Authorization": "Basic !"},
+            {"Authorization": TOKEN},
+        ):
+            for path in (*PATHS, "/static/dashboard.css"):
+                status, text, found = get(address + path, headers)
+                assert (status, text) == (401, "The token, please.")
+                assert found["www-authenticate"].startswith("Basic")
+        status, text, found = get(address, authorization(TOKEN) | {"Host": "dashboard.example.org"})
+        assert status == 200
+        assert TOKEN not in text + str(found)
+
+
+def test_beyond_this_machine_it_wants_a_token(tmp_path):
+    done = run("dashboard", "--listen", "0.0.0.0:9931")
+    assert done.exit_code == 2
+    assert "give --token-file" in re.sub(r"[\s│]+", " ", done.stderr)
+    (tmp_path / "token").write_text("short\n")
+    done = run("dashboard", "--listen", "0.0.0.0:9931", "--token-file", str(tmp_path / "token"))
+    assert done.exit_code == 2
+    assert "is shorter than 16 characters" in re.sub(r"[\s│]+", " ", done.stderr)
+
+
+def test_the_command_serves_until_it_is_told_to_end(database, db):
+    port = free_port()
+    command = [
+        Path(sys.executable).with_name("level-sync"),
+        "dashboard",
+        "--dsn",
+        database.dsn,
+        "--listen",
+        f"127.0.0.1:{port}",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert f"http://127.0.0.1:{port}/" in process.stderr.readline()
+
+        def answers() -> bool:
+            try:
+                return get(f"http://127.0.0.1:{port}/")[0] == 200
+            except urllib.error.URLError:
+                return False
+
+        wait_until(answers)
+        process.terminate()
+        assert process.wait(20) in (0, -15)
+    finally:
+        process.kill()
+        process.communicate()
