@@ -76,6 +76,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "leftovers: this test leaves a desync, a queued pair or a changed schema behind on purpose"
     )
+    config.addinivalue_line(
+        "markers",
+        "servers(kind, ...): this test is run on these of system and embedded, because the others say the same",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the servers that a test has not asked for."""
+    kept, left_out = [], []
+    for item in items:
+        marker = item.get_closest_marker("servers")
+        kind = getattr(item, "callspec", None) and item.callspec.params.get("server")  # type: ignore[attr-defined]
+        (left_out if marker and kind and kind not in marker.args else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 def start_server(kind: str, directory: Path, embedded_version: int = EMBEDDED_VERSION) -> Server:

@@ -26,6 +26,7 @@ LEVEL_SYNC = Path(sys.executable).with_name("level-sync")
 
 pytestmark = [
     pytest.mark.leftovers,
+    pytest.mark.servers("embedded"),
     pytest.mark.skipif(
         not (PROGRAMS / "prometheus-alertmanager").exists(),
         reason="Prometheus is not unpacked: tests/unpack_prometheus does it on Debian and Ubuntu",

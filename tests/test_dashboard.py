@@ -35,7 +35,7 @@ HOSTILE = (
     """<script>document.title = 'owned'</script><img src=x onerror="document.title='owned'">"'&{{ 7 * 7 }}\u202etxt"""
 )
 
-pytestmark = pytest.mark.leftovers
+pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium here: tests/install_server_packages installs it as root on Debian or Ubuntu"
 )
@@ -134,6 +134,7 @@ def troubled_academy(db) -> None:
 
 
 @needs_chromium
+@pytest.mark.servers("system")
 def test_where_all_is_well_it_says_so(database, db, page):
     if database.server.name != "system" or not has_extension(database.server.binaries, "pg_cron"):
         pytest.skip("without pg_cron the schedule is never good")
@@ -406,6 +407,7 @@ def test_nothing_can_be_written_and_other_names_are_not_answered(site):
     assert get(site[0], headers={"Host": "evil.example"})[0] == 400
 
 
+@pytest.mark.servers("system", "embedded")
 def test_a_reader_who_may_not_write_sees_every_page(database, db):
     db.execute("call level_sync.reconcile()")
     role = f"viewer_of_{database.name}"

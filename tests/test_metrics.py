@@ -22,7 +22,7 @@ from conftest import dsn_of, free_port
 from level_sync.metrics import LevelSyncCollector, registry_of
 from level_sync.scan import Reader
 
-pytestmark = pytest.mark.leftovers
+pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def scraped(collector: LevelSyncCollector) -> dict[str, float]:
     }
 
 
+@pytest.mark.servers("system", "embedded")
 def test_a_reader_sees_desyncs_queue_runs_repairs_events_and_checks(database, db, reader):
     for user in range(1, 5):
         add_pair(db, user, level=2)

@@ -22,7 +22,7 @@ from level_sync.servers import has_extension, system_binaries
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
 STEPS = ("Look", "Do", "See that it worked")
 
-pytestmark = pytest.mark.leftovers
+pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 
 
 @dataclass
@@ -228,6 +228,7 @@ def test_every_alert_has_a_section_and_every_section_an_alert():
         assert tuple(section.steps) == STEPS
 
 
+@pytest.mark.servers("system", "embedded")
 def test_every_check_of_verify_is_in_a_section(database):
     named = {check for section in SECTIONS.values() for check in section.checks}
     checks = json.loads(run("verify", "--json", "--dsn", database.dsn).stdout)["checks"]
@@ -251,7 +252,13 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("alert", SECTIONS)
+@pytest.mark.parametrize(
+    "alert",
+    [
+        pytest.param(alert, marks=pytest.mark.servers("system") if alert == "LevelSyncScheduleBroken" else ())
+        for alert in SECTIONS
+    ],
+)
 def test_its_steps_mend_what_it_is_about(operator, db, alert):
     section = SECTIONS[alert]
     remove_cause = BREAKS[alert](operator, db)

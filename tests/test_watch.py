@@ -29,7 +29,7 @@ UNIT = Path(__file__).resolve().parent.parent / "docker" / "systemd" / "level-sy
 BAD = Check("triggers", False, "license_level_changed is disabled", "Run level-sync migrate.")
 GOOD = Check("triggers", True, "fine", "")
 
-pytestmark = pytest.mark.leftovers
+pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 
 
 @contextmanager
