@@ -7,6 +7,7 @@ import time
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, delete, set_level, user_trigger
 from command_line import run
@@ -180,6 +181,35 @@ def test_without_pg_cron_the_schedule_is_red_and_says_what_to_install(database, 
     assert (ok, detail) == (False, "pg_cron is not preloaded")
     assert "level-sync reconcile" in hint
     assert exit_code(verify(database.dsn)) == SCHEDULE
+
+
+def test_of_jobs_with_our_names_those_of_this_database_and_active_ones_are_judged(db):
+    """Two databases share one pg_cron, and somebody has made a second job and switched it off."""
+    here = db.info.dbname
+    jobs = [
+        {
+            **{"jobid": jobid, "jobname": name + suffix, "schedule": schedule, "command": command},
+            **{"database": database, "username": "postgres", "active": active, "last_run": last_run},
+        }
+        for name, schedule, command in db.execute(
+            "select jobname, schedule, command from level_sync._wanted_cron_jobs()"
+        )
+        for jobid, suffix, database, active, last_run in [
+            (1, "", "another", True, {"status": "failed", "start_time": None}),
+            (2, "", here, False, None),
+            (3, f"_{here}", here, True, {"status": "succeeded", "start_time": "2026-01-01T00:00:00Z"}),
+            (4, "", here, False, None),
+            (5, "", "another", False, None),
+        ]
+    ]
+    judge = "select name, ok, detail from level_sync._judge_cron_jobs(%s)"
+    judged = db.execute(judge, [Jsonb(jobs)]).fetchall()
+    assert [ok for _, ok, _ in judged] == [True] * 4
+    assert all(detail.startswith("job 3 at") for name, _, detail in judged if name.startswith("schedule"))
+    for job in jobs:
+        job["active"] = False
+    judged = db.execute(judge, [Jsonb(jobs)]).fetchall()
+    assert {detail for name, _, detail in judged if name.startswith("schedule")} == {"the job is not active"}
 
 
 # the jobs, where pg_cron lives in another database
