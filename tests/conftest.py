@@ -292,3 +292,14 @@ def free_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
+
+
+@pytest.fixture
+def reader(database: Database, db: psycopg.Connection[Any]) -> Iterator[str]:
+    """A dsn of a role that may only read, in a session that may not write."""
+    role = f"reader_of_{database.name}"
+    db.execute(f"create role {role} login")
+    db.execute("select level_sync._grant_to(%s, 'reader')", [role])
+    yield dsn_of(database.server, database.name, role) + " options='-c default_transaction_read_only=on'"
+    db.execute("drop owned by " + role)
+    db.execute("drop role " + role)

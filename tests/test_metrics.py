@@ -25,17 +25,6 @@ from level_sync.scan import Reader
 pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 
 
-@pytest.fixture
-def reader(database, db):
-    """A dsn of a role that may only read, in a session that may not write."""
-    role = f"reader_of_{database.name}"
-    db.execute(f"create role {role} login")
-    db.execute("select level_sync._grant_to(%s, 'reader')", [role])
-    yield dsn_of(database.server, database.name, role) + " options='-c default_transaction_read_only=on'"
-    db.execute("drop owned by " + role)
-    db.execute("drop role " + role)
-
-
 def figures(text: str) -> dict[str, float]:
     """Each sample by its name and labels, as Prometheus shows them."""
     return {

@@ -171,9 +171,9 @@ def test_mail_webhook_and_command_get_the_message(mailbox, tmp_path):
     assert json.loads((tmp_path / "message.json").read_text())["red"][0]["bit"] == 2
 
 
-def test_a_trigger_that_is_switched_off_and_on_is_told(database, db):
+def test_a_reader_who_may_not_write_is_told_of_a_trigger_that_is_switched_off_and_on(db, reader):
     told: list[Message] = []
-    with watching(database.dsn, told) as watch:
+    with watching(reader, told) as watch:
         wait_until(lambda: "triggers" not in watch.red and told)  # the schedule is red here from the beginning
         before = len(told)
         db.execute("alter table user_licenses disable trigger license_level_changed")
