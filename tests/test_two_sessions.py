@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -651,3 +651,33 @@ def test_an_insert_whose_other_row_is_held_waits_for_the_drain_and_blames_no_tri
     holder.rollback()
     drain(db)
     assert levels(db, 1) == (5, 5)
+
+
+@BOTH
+@pytest.mark.parametrize("lock_wait", ["0", "5 ms"])
+def test_a_set_waits_for_no_row_that_somebody_is_about_to_insert(database, db, users, table, lock_wait):
+    users(1)
+    configure(db, inline_limit=0, lock_wait=lock_wait)
+    other = session(database)
+    insert(other, OTHER[table], 1, 2)
+    with meanwhile(insert, session(database, autocommit=True), table, 1, 5) as done:
+        wait([done], timeout=5)
+        has_waited = not done.done()
+        other.commit()
+    assert not has_waited
+    drain(db)
+    assert levels(db, 1) == (5, 5)
+
+
+@BOTH
+def test_a_set_waits_half_of_lock_wait_for_a_row_that_somebody_is_about_to_insert(database, db, users, table):
+    users(1)
+    configure(db, inline_limit=0, lock_wait="500 ms")
+    other = session(database)
+    insert(other, OTHER[table], 1, 2)
+    writer = session(database, autocommit=True)
+    with meanwhile(insert, writer, table, 1, 5):
+        await_state(db, writer)
+        time.sleep(0.05)  # longer than the shortest lock_timeout, shorter than half of lock_wait
+        other.rollback()
+    assert (levels(db, 1), queued(db)) == ((5, 5), [])
