@@ -119,6 +119,17 @@ def test_pair_that_moves_takes_no_wrong_level_along(db, users):
 
 
 @BOTH
+@pytest.mark.usefixtures("old_checks_gone")
+def test_pair_that_moves_without_a_level_is_refused_with_the_side_that_moved(db, users, table):
+    users(2)
+    configure(db, on_delete="propagate")
+    insert(db, table, 1, 3)
+    with pytest.raises(psycopg.errors.NotNullViolation, match=f"the {SIDE[table]} level of user 2 in PLAYER is NULL"):
+        db.execute(f"update {table} set {KEY[table][0]} = 2, current_level = null")
+    assert levels(db, 1) == (3, 3)
+
+
+@BOTH
 @BULK
 def test_refused_level_leaves_the_transaction_usable_from_a_savepoint_on(db, table, inline_limit):
     configure(db, inline_limit=inline_limit)
