@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from academy import KEY, add_pairs
 from command_line import run
-from level_sync import cli
+from level_sync import cli, dashboard, metrics
+from level_sync.watch import Watch
 
 STRANGE = [
     *("", " ", "PLAYER", "COACH", "NULL", "'", '"', "\\", "%s", "$1", "{}", "[]", "{1,2}", "0", "-1", "1e400", "NaN"),
@@ -118,7 +119,12 @@ def test_any_value_written_to_the_tables_is_carried_or_refused(database, db, req
     attempt()
 
 
-def test_any_argument_of_any_command_ends_without_a_traceback(database, db, request):
+def test_any_argument_of_any_command_ends_without_a_traceback(database, db, request, monkeypatch):
+    # What would serve for ever, or run a command of the shell, comes as far as that.
+    monkeypatch.setattr(metrics, "serve", lambda *_, **__: None)
+    monkeypatch.setattr(dashboard, "serve", lambda *_, **__: None)
+    monkeypatch.setattr(Watch, "run", lambda *_: None)
+    monkeypatch.setattr(Watch, "say", lambda *_: True)
     group = typer.main.get_group(cli.app)
     # These make servers or take the whole system away, which their own tests do.
     commands = sorted(set(group.commands) - {"demo", "rollback", "migrate", "restore"})

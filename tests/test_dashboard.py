@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, set_level, wait_until
 from command_line import run
 from conftest import dsn_of, free_port
-from level_sync import dashboard, schedule
+from level_sync import dashboard, scan, schedule
 from level_sync.scan import Reader
 from level_sync.servers import has_extension
 
@@ -387,11 +388,12 @@ def test_every_answer_binds_the_browser(db, site):
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
-        ("/users?id=x", 400, "id must be a number."),
-        ("/users?id=99999999999999999999", 400, "No id is as large as that."),
-        ("/runs/99999999999999999999", 400, "No id is as large as that."),
+        ("/users?id=x", 400, "id must be a whole number"),
+        ("/users?id=99999999999999999999", 400, "of at most 18 digits."),
+        ("/runs/" + "9" * 5000, 400, "The number of a run must be a whole number"),
+        ("/runs/%D9%A3", 400, "must be a whole number"),
         ("/runs/77", 404, "There is no run 77"),
-        ("/queue?after=%27", 400, "after must be a number."),
+        ("/queue?after=%27", 400, "after must be a whole number"),
         ("/nothing", 404, "Not Found"),
         ("/static/../__init__.py", 404, "Not Found"),
     ],
@@ -399,6 +401,98 @@ def test_every_answer_binds_the_browser(db, site):
 def test_what_is_not_there_is_refused_plainly(site, path, status, message):
     found, text, _ = get(site[0] + path)
     assert (found, message in text) == (status, True)
+
+
+@pytest.mark.parametrize("status", ["running", "skipped", "aborted"])
+def test_a_run_that_has_found_nothing_yet_is_in_the_picture_too(db, site, status):
+    db.execute("call level_sync.reconcile()")
+    ends = None if status == "running" else "now()"
+    db.execute(
+        "insert into level_sync.sync_log"
+        " (status, started_by, job_start, job_end, issues_found, synced_count, failed_count)"
+        " values (%s, 'manual', now(), %s, null, null, null)",
+        [status, ends],
+    )
+    for path in ("/", "/runs", "/runs/1", "/runs/2"):
+        assert get(site[0] + path)[0] == 200, path
+
+
+def test_thousands_of_runs_make_no_large_page(db, site):
+    db.execute(
+        "insert into level_sync.sync_log"
+        " (status, started_by, job_start, job_end, issues_found, synced_count, failed_count)"
+        " select 'success', 'cron', at, at, 3, 3, 0"
+        " from generate_series(now() - interval '27 days', now(), '5 minutes') as at"
+    )
+    status, text, _ = get(site[0])
+    assert status == 200
+    assert len(text) < 300_000
+
+
+def test_while_a_scan_is_at_work_a_page_is_as_it_was_and_does_not_wait(site):
+    address, reader = site
+    assert "As of" in get(address)[1]
+    with reader.is_connected:
+        began = time.monotonic()
+        assert get(address)[0] == 200
+        status, text, _ = get(address + "/queue")
+        assert (status, "One moment" in text) == (503, True)
+        assert time.monotonic() - began < 5
+
+
+def test_a_locked_table_is_no_database_that_is_away(database, db, site):
+    blocker = database.connect(autocommit=False)
+    blocker.execute(f"lock table {LICENSE} in access exclusive mode")
+    began = time.monotonic()
+    assert not site[1].scan()
+    status, text, _ = get(site[0])
+    assert time.monotonic() - began < 10
+    assert (status, "The database answers, but level_sync cannot be read" in text) == (503, True)
+    assert "lock timeout" in text
+    blocker.rollback()
+
+
+def test_a_connection_that_falls_silent_is_cut(database, db, monkeypatch):
+    """As through a proxy or pooler that hangs: the server accepts what is sent, and nothing comes back."""
+    monkeypatch.setattr(scan, "READ_TIMEOUT", 0.5)
+    with silent_after(database.server.directory / ".s.PGSQL.5432", 3000) as port:
+        reader = Reader(f"host=127.0.0.1 port={port} user=postgres dbname={database.name} gssencmode=disable")
+        began = time.monotonic()
+        with pytest.raises(psycopg.OperationalError):
+            ask_until_it_fails(reader)
+        assert time.monotonic() - began < 8
+
+
+def ask_until_it_fails(reader: Reader) -> None:
+    with reader.connection() as connection:
+        while True:
+            connection.execute("select 1")
+
+
+@contextmanager
+def silent_after(server: Path, count: int) -> Iterator[int]:
+    """A proxy to the server's socket that passes on so many bytes of its answers and then no more."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(socket.AF_UNIX) as inner:
+
+        def pass_on() -> None:
+            outer = listener.accept()[0]
+            inner.connect(str(server))
+            asking = threading.Thread(target=pipe, args=[outer, inner, 1 << 60])
+            asking.start()
+            pipe(inner, outer, count)
+            asking.join()  # the client has hung up
+            outer.close()
+
+        def pipe(source: socket.socket, target: socket.socket, left: int) -> None:
+            with suppress(OSError):
+                while left > 0 and (data := source.recv(65536)):
+                    target.sendall(data)
+                    left -= len(data)
+
+        proxy = threading.Thread(target=pass_on)
+        proxy.start()
+        yield listener.getsockname()[1]
+        proxy.join(20)
 
 
 def test_nothing_can_be_written_and_other_names_are_not_answered(site):
@@ -422,6 +516,7 @@ def test_with_a_token_only_who_has_it_is_let_in_and_it_stands_nowhere(database):
     with shown(database.dsn, TOKEN) as (address, _):
         for headers in (
             {},
+            {"Authorization": "Basic é"},
             authorization("wrong"),
             authorization(""),
             {"Authorization": "Basic !"},

@@ -96,7 +96,7 @@ def operator(database, db, tmp_path):
     yield operator
     operator.goes_home()
     listening = subprocess.run(
-        ["pgrep", "--full", f"--listen 127.0.0.1:{operator.port}"], capture_output=True, text=True, check=False
+        ["pgrep", "--full", "--", f"--listen 127.0.0.1:{operator.port}"], capture_output=True, text=True, check=False
     )
     for pid in listening.stdout.split():
         os.kill(int(pid), signal.SIGKILL)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import smtplib
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,9 +23,11 @@ from academy import PROGRESS, add_pair, bypass, set_level, wait_until
 from command_line import run
 from conftest import CONFIGURATION, dsn_of, temporary_directory
 from level_sync import install
+from level_sync import verify as verification
+from level_sync import watch as alarm
 from level_sync.servers import EmbeddedServer
 from level_sync.verify import Check
-from level_sync.watch import Message, Watch, by_command, by_email, by_webhook, tell_systemd
+from level_sync.watch import Channel, Message, Watch, by_command, by_email, by_webhook, tell_systemd
 
 UNIT = Path(__file__).resolve().parent.parent / "docker" / "systemd" / "level-sync-watch.service"
 BAD = Check("triggers", False, "license_level_changed is disabled", "Run level-sync migrate.")
@@ -32,11 +36,15 @@ GOOD = Check("triggers", True, "fine", "")
 pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 
 
+def into(told: list[Message], key: str = "test") -> Channel:
+    return Channel("test", key, told.append)
+
+
 @contextmanager
 def watching(dsn: str, told: list[Message], **options: float) -> Iterator[Watch]:
     """A watch at work beside the test."""
     stop = threading.Event()
-    watch = Watch(dsn, [told.append], **{"interval": 0.2, "patience": 0.5, **options})
+    watch = Watch(dsn, [into(told)], **{"interval": 0.2, "patience": 0.5, **options})
     thread = threading.Thread(target=watch.run, args=[stop])
     thread.start()
     try:
@@ -47,12 +55,32 @@ def watching(dsn: str, told: list[Message], **options: float) -> Iterator[Watch]
         assert not thread.is_alive()
 
 
+@contextmanager
+def hook(answer: bytes = b"HTTP/1.0 204 No Content\r\n\r\n") -> Iterator[tuple[str, list[dict[str, object]]]]:
+    """A web server on this machine, what it was sent, and what it says to that."""
+    received: list[dict[str, object]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Hook) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/alerts", received
+        server.shutdown()
+        thread.join()
+
+
 def names(message: Message) -> tuple[list[str], list[str]]:
     return [check["name"] for check in message.red], [check["name"] for check in message.green]
 
 
 def new_watch(told: list[Message], **options: object) -> Watch:
-    return Watch("dbname=academy host=db", [told.append], interval=60, patience=30, **options)
+    return Watch("dbname=academy host=db", [into(told)], interval=60, patience=30, **options)
 
 
 def test_red_is_told_once_and_green_once():
@@ -110,7 +138,7 @@ def test_a_message_that_cannot_be_sent_waits_and_the_others_go_out():
         told.append(message)
 
     others: list[Message] = []
-    watch = Watch("", [channel, others.append], interval=60, patience=30)
+    watch = Watch("", [Channel("test", "first", channel), into(others, "second")], interval=60, patience=30)
     watch.judge([BAD])
     watch.judge([BAD])
     assert (len(told), len(others)) == (0, 1)
@@ -120,15 +148,121 @@ def test_a_message_that_cannot_be_sent_waits_and_the_others_go_out():
     assert (len(told), len(others)) == (1, 1)
 
 
+def test_what_was_not_sent_is_sent_after_a_restart_with_a_state_file(tmp_path):
+    def refuse(message: Message) -> None:
+        raise OSError("no route to host")
+
+    state = tmp_path / "red.json"
+    Watch("", [Channel("test", "test", refuse)], interval=60, patience=30, state=state).judge([BAD])
+    told: list[Message] = []
+    again = new_watch(told, state=state)
+    again.judge([BAD])
+    again.judge([BAD])
+    assert [names(message) for message in told] == [(["triggers"], [])]
+    assert new_watch([], state=state).unsent == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"red": [{}], "unsent": []}', "\udcff"])
+def test_a_state_file_that_cannot_be_read_is_no_reason_not_to_watch(tmp_path, caplog, content):
+    state = tmp_path / "red.json"
+    state.write_bytes(content.encode(errors="surrogateescape"))
+    told: list[Message] = []
+    new_watch(told, state=state).judge([BAD])
+    assert len(told) == 1
+    assert "cannot be read" in caplog.text
+    assert json.loads(state.read_text())["red"][0]["name"] == "triggers"
+
+
+def test_a_state_file_that_cannot_be_written_is_no_reason_not_to_tell(tmp_path, caplog):
+    told: list[Message] = []
+    new_watch(told, state=tmp_path / "missing" / "red.json").judge([BAD])
+    assert len(told) == 1
+    assert "cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.0 301 Moved\r\nLocation: /elsewhere\r\n\r\n", b"HTTP/1.0 500 No\r\n\r\n", b"garbage\r\n\r\n"]
+)
+def test_a_webhook_that_did_not_take_the_message_gets_it_again_and_the_others_are_told(caplog, answer):
+    told: list[Message] = []
+    with hook(answer) as (url, received):
+        watch = Watch("", [by_webhook(url), into(told)], interval=60, patience=30)
+        watch.judge([BAD])
+        watch.judge([BAD])
+    assert (len(received), len(told), len(watch.unsent)) == (2, 1, 1)
+    assert "/alerts" not in caplog.text  # the address of a webhook is its password
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(
+            ["--webhook", url]
+            for url in ("hooks.example.org/SECRET", "file:///etc/hostname", "http:///x", "http://h/a b")
+        ),
+        *(["--email", address] for address in ("nobody", "a@example.org\nBcc: b@example.org", "")),
+        *(
+            ["--email", "a@example.org", "--smtp", server]
+            for server in ("host:abc", "", "::1", "me:secret@host", "h/x")
+        ),
+    ],
+)
+def test_whom_it_could_never_tell_is_refused_at_the_start_and_no_secret_is_repeated(arguments):
+    done = run("watch", *arguments)
+    assert done.exit_code == 2
+    assert "SECRET" not in done.stderr
+
+
+def test_a_mail_server_may_have_an_ipv6_address():
+    assert by_email("a@example.org", "b@example.org", "[::1]:2525").name == "mail to a@example.org"
+
+
+def test_a_password_is_not_sent_unencrypted_over_a_network(mailbox, monkeypatch):
+    box, port = mailbox
+    monkeypatch.setenv("SMTP_USER", "watch")
+    monkeypatch.setenv("SMTP_PASSWORD", "hunter2")
+    monkeypatch.setattr(alarm, "LOOPBACK", ())
+    channel = by_email("a@example.org", "b@example.org", f"127.0.0.1:{port}")
+    with pytest.raises(smtplib.SMTPException, match="not sent unencrypted"):
+        channel.send(Message("subject", "text"))
+    assert box.messages == []
+
+
+def test_a_command_that_hangs_is_killed_with_its_children(monkeypatch, tmp_path):
+    monkeypatch.setattr(alarm, "SEND_TIMEOUT", 0.3)
+    with pytest.raises(TimeoutError):
+        by_command(f"(sleep 60; echo > {tmp_path}/late) & echo $! > {tmp_path}/child; wait").send(Message("", ""))
+    child = int((tmp_path / "child").read_text())
+    wait_until(
+        lambda: not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text()
+    )
+
+
+def test_a_storm_of_notifications_makes_no_storm_of_checks(database, db, monkeypatch):
+    monkeypatch.setattr(alarm, "SHORTEST_INTERVAL", 2)
+    looks: list[float] = []
+    look = verification.checks_of
+    monkeypatch.setattr(
+        verification, "checks_of", lambda *given, **more: [looks.append(time.monotonic()), look(*given, **more)][1]
+    )
+    with watching(database.dsn, [], interval=600):
+        wait_until(lambda: looks)
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            db.execute("notify level_sync")
+            time.sleep(0.05)
+    assert 2 <= len(looks) <= 4
+
+
 def test_a_secret_of_the_dsn_is_in_no_message():
     told: list[Message] = []
-    Watch("postgresql://me:hunter2@db/academy", [told.append], interval=1, patience=1).judge([BAD])
+    Watch("postgresql://me:hunter2@db/academy", [into(told)], interval=1, patience=1).judge([BAD])
     assert "hunter2" not in str(told)
 
 
 def test_a_name_with_line_breaks_cannot_forge_a_header(mailbox):
     box, port = mailbox
-    by_email(["on-call@example.org"], "watch@example.org", f"127.0.0.1:{port}")(
+    by_email("on-call@example.org", "watch@example.org", f"127.0.0.1:{port}").send(
         Message("level_sync: RED cron run: x Bcc: everybody@example.org", "text\nBcc: everybody@example.org")
     )
     told: list[Message] = []
@@ -139,33 +273,19 @@ def test_a_name_with_line_breaks_cannot_forge_a_header(mailbox):
 
 def test_mail_webhook_and_command_get_the_message(mailbox, tmp_path):
     box, port = mailbox
-    received: list[dict[str, object]] = []
-
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with HTTPServer(("127.0.0.1", 0), Hook) as hook:
-        threading.Thread(target=hook.serve_forever).start()
+    with hook() as (url, received):
         channels = [
-            by_email(["on-call@example.org", "boss@example.org"], "watch@example.org", f"127.0.0.1:{port}"),
-            by_webhook(f"http://127.0.0.1:{hook.server_port}/alerts"),
+            by_email("on-call@example.org", "watch@example.org", f"127.0.0.1:{port}"),
+            by_email("boss@example.org", "watch@example.org", f"127.0.0.1:{port}"),
+            by_webhook(url),
             by_command(f"cat > {tmp_path}/message.json"),
         ]
         watch = Watch("dbname=academy host=db", channels, interval=60, patience=30)
         watch.judge([BAD])
-        hook.shutdown()
     assert watch.unsent == []
-    (mail,) = box.messages
-    assert (mail["Subject"], mail["To"]) == (
-        "level_sync in academy at db: RED triggers",
-        "on-call@example.org, boss@example.org",
-    )
-    assert "license_level_changed is disabled" in mail.get_payload()
+    assert [mail["To"] for mail in box.messages] == ["on-call@example.org", "boss@example.org"]
+    assert {mail["Subject"] for mail in box.messages} == {"level_sync in academy at db: RED triggers"}
+    assert "license_level_changed is disabled" in box.messages[0].get_payload()
     assert received[0]["text"].startswith("level_sync in academy at db: RED triggers\n")
     assert received[0]["red"][0]["name"] == "triggers"
     assert json.loads((tmp_path / "message.json").read_text())["red"][0]["bit"] == 2
@@ -257,6 +377,25 @@ def test_the_command_watches_until_it_is_told_to_end(database, db, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_it_ends_when_told_although_a_check_and_a_command_hang(database, db, tmp_path):
+    blocker = database.connect(autocommit=False)
+    blocker.execute("lock table user_licenses in access exclusive mode")
+    command = [Path(sys.executable).with_name("level-sync"), "watch", "--patience", "0", "--exec"]
+    process = subprocess.Popen(
+        [*command, f"touch {tmp_path}/called; sleep 60"], env={**os.environ, "DATABASE_URL": database.dsn}
+    )
+    try:
+        wait_until((tmp_path / "called").exists)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+        assert time.monotonic() - began < 10
+    finally:
+        process.kill()
+        process.wait()
+        blocker.rollback()
 
 
 def test_say_sends_a_text_and_ends(tmp_path):

@@ -456,7 +456,9 @@ def exporter(
     ] = "127.0.0.1:9930",
     scan_interval: Annotated[
         float,
-        typer.Option("--scan-interval", min=1, help="Seconds between two looks at every pair; the rest is read anew."),
+        typer.Option(
+            "--scan-interval", min=1, max=86400, help="Seconds between two looks at every pair; the rest is read anew."
+        ),
     ] = 300,
 ) -> None:
     """Serve metrics to Prometheus until stopped. The role needs level-sync grant ROLE --as reader."""
@@ -465,9 +467,15 @@ def exporter(
         from level_sync import metrics as figures
 
         read_dsn(dsn)
-        error_console.print(f"metrics at http://{listen}/metrics", highlight=False, markup=False)
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-        figures.serve(dsn, host, port, scan_interval=scan_interval, stop=_stop_on_signals())
+        figures.serve(
+            dsn,
+            host,
+            port,
+            scan_interval=scan_interval,
+            stop=_stop_on_signals(),
+            is_ready=lambda: error_console.print(f"metrics at http://{listen}/metrics", highlight=False, markup=False),
+        )
 
 
 @app.command()
@@ -478,6 +486,8 @@ def metrics(
     ] = None,
 ) -> None:
     """Print the metrics once. Exit code 32 where no database answered; level_sync_up is 0 then."""
+    if textfile is not None and textfile.suffix != ".prom":
+        raise typer.BadParameter(f"{textfile} does not end in .prom: node_exporter would not read it")
     with _plain_errors(), _extra("metrics"):
         from level_sync import metrics as figures
 
@@ -501,7 +511,9 @@ def dashboard(
     ] = None,
     scan_interval: Annotated[
         float,
-        typer.Option("--scan-interval", min=1, help="Seconds between two looks at every pair; the rest is read anew."),
+        typer.Option(
+            "--scan-interval", min=1, max=86400, help="Seconds between two looks at every pair; the rest is read anew."
+        ),
     ] = 300,
 ) -> None:
     """Show in a browser whether all is in step and what to do. The role needs level-sync grant ROLE --as reader."""
@@ -510,16 +522,25 @@ def dashboard(
         from level_sync import dashboard as pages
 
         read_dsn(dsn)
-        token = token_file.read_text(encoding="utf-8").strip() if token_file else None
+        try:
+            token = token_file.read_text(encoding="utf-8").strip() if token_file else None
+        except UnicodeDecodeError as error:
+            raise typer.BadParameter(f"{token_file} is not UTF-8 text") from error
         if host not in pages.LOOPBACK and not token_file:
             raise typer.BadParameter(
                 f"{host} is not this machine alone: give --token-file, so that not everybody sees it"
             )
         if token is not None and len(token) < pages.SHORTEST_TOKEN:
             raise typer.BadParameter(f"the token in {token_file} is shorter than {pages.SHORTEST_TOKEN} characters")
-        error_console.print(f"dashboard at http://{listen}/", highlight=False, markup=False)
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-        pages.serve(dsn, host, port, scan_interval=scan_interval, token=token)
+        pages.serve(
+            dsn,
+            host,
+            port,
+            scan_interval=scan_interval,
+            token=token,
+            is_ready=lambda: error_console.print(f"dashboard at http://{listen}/", highlight=False, markup=False),
+        )
 
 
 @app.command()
@@ -539,9 +560,12 @@ def watch(
     command: Annotated[
         list[str] | None, typer.Option("--exec", help="Shell command that gets the message as JSON on standard input.")
     ] = None,
-    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two checks.")] = 300,
+    interval: Annotated[
+        float, typer.Option("--interval", min=0.1, max=86400, help="Seconds between two checks.")
+    ] = 300,
     patience: Annotated[
-        float, typer.Option("--patience", min=0, help="Seconds the database may be away before that is told.")
+        float,
+        typer.Option("--patience", min=0, max=86400, help="Seconds the database may be away before that is told."),
     ] = 30,
     state: Annotated[
         Path | None,
@@ -553,23 +577,30 @@ def watch(
 
     Checks each interval and whenever a reconcile ends. The role needs level-sync grant ROLE --as reader.
     """
-    channels = [
-        *([alarm.by_email(email, sender, smtp)] if email else []),
-        *(alarm.by_webhook(url) for url in webhook or []),
-        *(alarm.by_command(text) for text in command or []),
-    ]
+    try:
+        channels = [
+            *(alarm.by_email(address, sender, smtp) for address in email or []),
+            *(alarm.by_webhook(url) for url in webhook or []),
+            *(alarm.by_command(text) for text in command or []),
+        ]
+    except alarm.ChannelError as error:
+        raise typer.BadParameter(str(error)) from error
     if not channels:
         raise typer.BadParameter("say whom to tell: --email, --webhook or --exec")
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     with _plain_errors():
+        if say:
+            watching = alarm.Watch(dsn, channels, interval=interval, patience=patience)
+            raise typer.Exit(0 if watching.say(say) else 1)
+        read_dsn(dsn)
         watching = alarm.Watch(dsn, channels, interval=interval, patience=patience, state=state)
-        if not say:
-            read_dsn(dsn)
-            watching.run(_stop_on_signals())
-            return
-        watching.unsent = [(channel, alarm.Message(say, say)) for channel in channels]
-        watching.send()
-    raise typer.Exit(1 if watching.unsent else 0)
+        stop = _stop_on_signals()
+        worker = threading.Thread(target=watching.run, args=[stop], daemon=True)
+        worker.start()
+        while worker.is_alive() and not stop.wait(1):
+            pass
+        worker.join(5)  # a check or a message under way may take longer than that, and is given up
+    raise typer.Exit(0 if stop.is_set() else 1)
 
 
 @app.command()

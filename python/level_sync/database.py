@@ -25,7 +25,10 @@ def read_dsn(dsn: str) -> dict[str, Any]:
     An empty dsn has no parts: libpq then reads PGHOST, PGDATABASE and the other PG* variables.
     """
     try:
-        return conninfo_to_dict(re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn))
+        parts = conninfo_to_dict(re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn))
+        if "@" in str(parts.get("host", ""))[1:]:
+            raise psycopg.ProgrammingError  # the end of a password: libpq would tell it as the host's name
+        return parts
     except psycopg.ProgrammingError:
         raise DsnError(
             "the connection string cannot be read (it is not repeated here, since it may hold a password); "

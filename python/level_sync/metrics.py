@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class LevelSyncCollector(Collector):
                 log.warning("level_sync_up 0: %s", str(error).strip())
             figures = []
         self.is_up = bool(figures)
-        yield gauge("up", "1 where the database answered and level_sync is installed.", {(): self.is_up})
+        yield gauge("up", "1 where level_sync could be read; 0 with the reason in the log.", {(): self.is_up})
         yield gauge("collected_timestamp_seconds", "When these figures were read.", {(): time.time()})
         yield from figures
         if self.is_up:
@@ -101,7 +101,7 @@ class LevelSyncCollector(Collector):
         if last["success_at"] is not None:
             yield gauge(
                 "last_success_timestamp_seconds",
-                "When the last run that repaired what it found began.",
+                "When the last run that ended as success or partial began.",
                 {(): last["success_at"]},
             )
         if last["duration_seconds"] is not None:
@@ -144,16 +144,18 @@ def gauge(name: str, meaning: str, values: dict[tuple[str, ...], Any], *labels: 
     return family
 
 
-def serve(dsn: str, host: str, port: int, *, scan_interval: float, stop: threading.Event) -> None:
+def serve(
+    dsn: str, host: str, port: int, *, scan_interval: float, stop: threading.Event, is_ready: Callable[[], object]
+) -> None:
     """Answers scrapes, and looks at every pair each scan_interval seconds, until stop is set. Raises OSError."""
     reader = Reader(dsn)
     server, thread = start_http_server(port, host, registry_of(LevelSyncCollector(reader)))
-    try:
-        reader.keep_scanning(scan_interval, stop)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    is_ready()
+    reader.keep_scanning(scan_interval)
+    stop.wait()
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 def once(dsn: str, textfile: Path | None = None) -> tuple[str, bool]:

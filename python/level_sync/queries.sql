@@ -139,11 +139,16 @@ select run_id, status, dry_run, direction, started_by, job_start, duration_secon
  order by run_id desc
  limit :row_limit
 
--- name: runs_since(since)
+-- name: runs_since(since, row_limit)
+-- The newest of them, oldest first.
 select run_id, status, job_start, duration_seconds, issues_found, synced_count, failed_count
-  from level_sync.sync_log
- where job_start >= :since
-   and not dry_run
+  from (
+    select *
+      from level_sync.sync_log
+     where job_start >= :since
+       and not dry_run
+     order by run_id desc
+     limit :row_limit) as newest
  order by run_id
 
 -- name: runs_before(before, row_limit)
@@ -207,8 +212,8 @@ select name, ok, detail, hint from level_sync.health
 -- name: quick_health()
 select name, ok, detail, hint from level_sync.quick_health
 
--- name: limit_statement(statement_timeout)$
-select set_config('statement_timeout', :statement_timeout, false)
+-- name: limit_waits(statement_timeout, lock_timeout)^
+select set_config('statement_timeout', :statement_timeout, false), set_config('lock_timeout', :lock_timeout, false)
 
 -- name: listen()!
 -- Each run of the reconcile that ends is told here.

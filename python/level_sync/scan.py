@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,39 @@ import psycopg
 from level_sync import verify as verification
 from level_sync.database import connect, queries
 
-READ_TIMEOUT = "5s"
-SCAN_TIMEOUT = "10min"
-# A server that has gone without a word is noticed: seconds until connected, milliseconds until an answer is given up.
-NETWORK: dict[str, Any] = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+# In seconds: until connected; for what a page or a scrape reads; for a look at every pair.
+CONNECT_TIMEOUT, READ_TIMEOUT, SCAN_TIMEOUT = 5, 5, 120
+LOCK_TIMEOUT = "1s"
 
 log = logging.getLogger("level_sync")
+
+
+@contextmanager
+def short_connection(dsn: str, timeout: float) -> Iterator[psycopg.Connection[dict[str, Any]]]:
+    """A connection whose statements take no longer than timeout seconds, whatever becomes of server and network.
+
+    Raises psycopg.Error.
+    """
+    with connect(dsn, connect_timeout=str(CONNECT_TIMEOUT)) as connection, cut_after(connection, timeout + 3):
+        queries.limit_waits(connection, statement_timeout=f"{timeout}s", lock_timeout=LOCK_TIMEOUT)
+        yield connection
+
+
+@contextmanager
+def cut_after(connection: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
+    """Cuts a connection that has gone silent, such as one through a proxy that hangs: its query then fails."""
+
+    def cut() -> None:
+        with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
+            line.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @dataclass
@@ -34,7 +63,7 @@ class Scan:
 
 
 class Reader:
-    """A database, read as a role that is a reader of level_sync; whoever uses it waits for the connection."""
+    """A database, read as a role that is a reader of level_sync; whoever uses it holds is_connected meanwhile."""
 
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
@@ -42,10 +71,9 @@ class Reader:
         self.is_connected = threading.Lock()
 
     @contextmanager
-    def connection(self, statement_timeout: str = READ_TIMEOUT) -> Iterator[psycopg.Connection[dict[str, Any]]]:
-        """One connection; the caller holds is_connected. Raises psycopg.Error."""
-        with connect(self.dsn, **NETWORK) as connection:
-            queries.limit_statement(connection, statement_timeout=statement_timeout)
+    def connection(self) -> Iterator[psycopg.Connection[dict[str, Any]]]:
+        """One connection for what takes milliseconds. Raises psycopg.Error."""
+        with short_connection(self.dsn, READ_TIMEOUT) as connection:
             yield connection
 
     def scan(self) -> bool:
@@ -53,7 +81,7 @@ class Reader:
         with self.is_connected:
             began = time.time()
             try:
-                with self.connection(SCAN_TIMEOUT) as connection:
+                with short_connection(self.dsn, SCAN_TIMEOUT) as connection:
                     desyncs = list(queries.count_desyncs(connection))
                     checks = verification.checks_of(connection, self.dsn)
             except psycopg.Error as error:
@@ -62,12 +90,15 @@ class Reader:
             self.last_scan = Scan(began, time.time() - began, desyncs, checks)
             return True
 
-    def keep_scanning(self, interval: float, stop: threading.Event) -> None:
-        """A scan each interval seconds, until stop is set."""
-        while True:
-            self.scan()
-            if stop.wait(interval):
-                return
+    def keep_scanning(self, interval: float) -> None:
+        """Begins a scan each interval seconds, in a thread that ends with the process."""
+
+        def scan_again_and_again() -> None:
+            while True:
+                self.scan()
+                time.sleep(interval)
+
+        threading.Thread(target=scan_again_and_again, daemon=True).start()
 
     def checks(self, quick: list[dict[str, Any]]) -> list[verification.Check]:
         """The quick checks as they are now, and what only the last scan could see."""

@@ -121,7 +121,10 @@ def _compare_with_shipped(connection: psycopg.Connection[Any]) -> Check:
 def _look_into_cron_database(dsn: str, connection: psycopg.Connection[Any], cron_database: str) -> list[Check]:
     """The jobs, where pg_cron lives in another database of the server."""
     try:
-        with connect(dsn, database=cron_database) as cron_connection, cron_connection.cursor() as cursor:
+        with (
+            connect(dsn, database=cron_database, connect_timeout="5") as cron_connection,
+            cron_connection.cursor() as cursor,
+        ):
             row = cursor.execute(queries.cron_jobs_query(connection)).fetchone()
     except psycopg.Error as error:
         hint = f"Let this role connect to {cron_database} and read cron.job and cron.job_run_details there."

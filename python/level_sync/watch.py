@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import signal
 import smtplib
 import socket
+import ssl
 import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 
 from level_sync import verify as verification
 from level_sync.database import connect, queries, read_dsn
-from level_sync.scan import NETWORK
+from level_sync.scan import CONNECT_TIMEOUT, LOCK_TIMEOUT, SCAN_TIMEOUT, cut_after
 from level_sync.verify import Check
 
-CHECK_TIMEOUT = "5min"
 SEND_TIMEOUT = 30  # seconds
+SHORTEST_INTERVAL = 5  # seconds between two checks, however many runs end
 MESSAGES_KEPT = 100
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 log = logging.getLogger("level_sync")
+
+
+class ChannelError(ValueError):
+    """A channel that could never send: the message says what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -41,64 +51,110 @@ class Message:
     green: list[dict[str, Any]] = field(default_factory=list)
 
 
-Channel = Callable[[Message], None]
+@dataclass(frozen=True)
+class Channel:
+    """A way to somebody. The name may stand in a log; the key tells channels apart in a file, without their secrets."""
+
+    name: str
+    key: str
+    send: Callable[[Message], None]
 
 
-def by_email(recipients: Sequence[str], sender: str, server: str) -> Channel:
-    """Sends mails through HOST[:PORT], encrypted where it offers STARTTLS, as SMTP_USER with SMTP_PASSWORD if set."""
-    host, _, port = server.partition(":")
+def key_of(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def by_email(recipient: str, sender: str, server: str) -> Channel:
+    """Mails through HOST[:PORT], an IPv6 host in brackets; encrypted where the server offers STARTTLS.
+
+    Logs in as SMTP_USER with SMTP_PASSWORD where those are set; unencrypted only on this machine.
+    """
+    parts = urlsplit(f"//{server}")
+    try:
+        host, port = parts.hostname or "", parts.port or 25
+    except ValueError:
+        host, port = "", 0
+    if not host or parts.path or parts.username:
+        raise ChannelError(f"{server!r} is not HOST or HOST:PORT of a mail server")
+    for address in (recipient, sender):
+        if "@" not in address or not address.isprintable():
+            raise ChannelError(f"{address!r} is no address of mail")
 
     def send(message: Message) -> None:
         mail = EmailMessage()
-        mail["Subject"], mail["From"], mail["To"] = message.subject, sender, ", ".join(recipients)
+        mail["Subject"], mail["From"], mail["To"] = message.subject, sender, recipient
         mail.set_content(message.text)
-        with smtplib.SMTP(host, int(port or 25), timeout=SEND_TIMEOUT) as smtp:
+        with smtplib.SMTP(host, port, timeout=SEND_TIMEOUT) as smtp:
             smtp.ehlo()
+            is_safe = host in LOOPBACK
             if smtp.has_extn("starttls"):
-                smtp.starttls()
+                context = ssl.create_default_context()
+                if host in LOOPBACK:  # its certificate is for another name
+                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                smtp.starttls(context=context)
                 smtp.ehlo()
+                is_safe = True
             if "SMTP_USER" in os.environ:
+                if not is_safe:
+                    raise smtplib.SMTPException("the server offers no STARTTLS: the password is not sent unencrypted")
                 smtp.login(os.environ["SMTP_USER"], os.environ.get("SMTP_PASSWORD", ""))
             smtp.send_message(mail)
 
-    return send
+    return Channel(f"mail to {recipient}", key_of("email", recipient, server), send)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A POST that is sent elsewhere becomes a GET without its body: that is no delivery."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def by_webhook(url: str) -> Channel:
     """POSTs the message as JSON; its `text` is what chat services show."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
+        raise ChannelError("a webhook is a URL that begins with http:// or https://, and has no space in it")
+    opener = urllib.request.build_opener(_NoRedirect)
 
     def send(message: Message) -> None:
         body = json.dumps({**asdict(message), "text": f"{message.subject}\n{message.text}"}).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=SEND_TIMEOUT):  # noqa: S310
+        with opener.open(request, timeout=SEND_TIMEOUT):
             pass
 
-    return send
+    return Channel(f"webhook at {parts.hostname}", key_of("webhook", url), send)
 
 
 def by_command(command: str) -> Channel:
-    """Runs a shell command with the message as JSON on its standard input."""
+    """Runs a shell command with the message as JSON on its standard input; it is killed after half a minute."""
 
     def send(message: Message) -> None:
-        subprocess.run(  # noqa: S602 - the operator's own command line
-            command,
-            shell=True,
-            input=json.dumps(asdict(message)),
-            text=True,
-            timeout=SEND_TIMEOUT,
-            check=True,
+        process = subprocess.Popen(  # noqa: S602 - the operator's own command line
+            command, shell=True, stdin=subprocess.PIPE, text=True, start_new_session=True
         )
+        try:
+            process.communicate(json.dumps(asdict(message)), timeout=SEND_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise TimeoutError(f"it took longer than {SEND_TIMEOUT} s") from None
+        if process.returncode != 0:
+            raise OSError(f"it ended with exit code {process.returncode}")
 
-    return send
+    return Channel("command", key_of("exec", command), send)
 
 
 def tell_systemd(state: str) -> None:
     """READY=1 and WATCHDOG=1, where systemd has started this process as Type=notify."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.connect("\0" + address[1:] if address.startswith("@") else address)
-            notify.sendall(state.encode())
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                notify.connect("\0" + address[1:] if address.startswith("@") else address)
+                notify.sendall(state.encode())
+        except OSError as error:
+            log.warning("systemd cannot be told: NOTIFY_SOCKET %s: %s", address, error)
 
 
 class Watch:
@@ -109,14 +165,19 @@ class Watch:
     ) -> None:
         """Seconds between two checks; seconds a database may be away before that is told; a file for what is red."""
         self.dsn = dsn
-        self.channels = channels
+        self.channels = {channel.key: channel for channel in channels}
         self.interval = interval
         self.patience = patience
         self.state = state
         self.red: dict[str, Check] = {}
-        self.unsent: list[tuple[Channel, Message]] = []
+        self.unsent: list[tuple[str, Message]] = []
         if state is not None and state.exists():
-            self.red = {kept["name"]: Check(**kept) for kept in json.loads(state.read_text())}
+            try:
+                kept = json.loads(state.read_text(encoding="utf-8"))
+                self.red = {check["name"]: Check(**check) for check in kept["red"]}
+                self.unsent = [(key, Message(**message)) for key, message in kept["unsent"] if key in self.channels]
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                log.warning("%s cannot be read, what is red is told anew: %s", state, error)
 
     def run(self, stop: threading.Event) -> None:
         """Watches until stop is set. A lost connection is made again, forever."""
@@ -124,27 +185,41 @@ class Watch:
         while not stop.is_set():
             tell_systemd("READY=1\nWATCHDOG=1")
             try:
-                with connect(self.dsn, **NETWORK) as connection:
-                    queries.limit_statement(connection, statement_timeout=CHECK_TIMEOUT)
-                    queries.listen(connection)
+                with self._listening() as connection:
                     while not stop.is_set():
                         tell_systemd("WATCHDOG=1")
-                        self.judge(verification.checks_of(connection, self.dsn))
+                        with cut_after(connection, SCAN_TIMEOUT + 3):
+                            checks = verification.checks_of(connection, self.dsn)
                         away_since = None
+                        self.judge(checks)
                         self._wait_for_a_run(connection, stop)
             except psycopg.Error as error:
                 away_since = away_since or time.monotonic()
-                log.warning("no connection: %s", str(error).strip())
+                log.warning("no look at level_sync: %s", str(error).strip())
                 if time.monotonic() - away_since >= self.patience:
-                    hint = "Look whether the server runs and whether this role may connect."
+                    hint = "Look whether the server runs, and whether this role may connect and is a reader."
                     self.judge([Check("connection", False, str(error).strip(), hint)], is_complete=False)
                 stop.wait(min(self.interval, max(self.patience / 4, 0.2)))
 
+    @contextmanager
+    def _listening(self) -> Iterator[psycopg.Connection[dict[str, Any]]]:
+        with connect(self.dsn, connect_timeout=str(CONNECT_TIMEOUT)) as connection:
+            with cut_after(connection, CONNECT_TIMEOUT):
+                queries.limit_waits(connection, statement_timeout=f"{SCAN_TIMEOUT}s", lock_timeout=LOCK_TIMEOUT)
+                try:
+                    queries.listen(connection)
+                except psycopg.errors.ReadOnlySqlTransaction:
+                    log.warning("a standby tells of no run that ends: there is a check each interval only")
+            yield connection
+
     def _wait_for_a_run(self, connection: psycopg.Connection[Any], stop: threading.Event) -> None:
-        deadline = time.monotonic() + self.interval
-        while not stop.is_set() and time.monotonic() < deadline:
-            for _ in connection.notifies(timeout=min(1, deadline - time.monotonic()), stop_after=1):
+        began = time.monotonic()
+        has_ended = False
+        while not stop.is_set() and time.monotonic() < began + self.interval:
+            if has_ended and time.monotonic() >= began + SHORTEST_INTERVAL:
                 return
+            for _ in connection.notifies(timeout=min(1, self.interval), stop_after=1):
+                has_ended = True
 
     def judge(self, checks: Sequence[Check], *, is_complete: bool = True) -> None:
         """Sends what has changed since the last time, once; an incomplete list says nothing of the others."""
@@ -154,24 +229,56 @@ class Watch:
         turned_green = [check for name, check in self.red.items() if is_complete and name not in now_red]
         if turned_red or turned_green:
             self.red = {**({} if is_complete else self.red), **now_red}
-            if self.state is not None:
-                kept = self.state.with_suffix(".new")
-                kept.write_text(json.dumps([asdict(check) for check in self.red.values()]))
-                kept.replace(self.state)
             message = message_of(database_of(self.dsn), turned_red, turned_green)
-            self.unsent += [(channel, message) for channel in self.channels]
+            self.unsent = [*self.unsent, *((key, message) for key in self.channels)][-MESSAGES_KEPT:]
+            self._keep()
         self.send()
 
-    def send(self) -> None:
+    def say(self, text: str) -> bool:
+        """Sends a text to everybody. Returns whether all could be reached."""
+        subject = " ".join(text.split())
+        self.unsent = [(key, Message(subject, text)) for key in self.channels]
+        self.send(is_kept=False)
+        return not self.unsent
+
+    def send(self, *, is_kept: bool = True) -> None:
         """Sends what is not sent yet; what cannot be sent now is tried again with the next check."""
-        failed = []
-        for channel, message in self.unsent:
+        failing: set[str] = set()
+        for key, message in list(self.unsent):
+            if key in failing:
+                continue  # its messages stay in their order
+            tell_systemd("WATCHDOG=1")
+            channel = self.channels[key]
             try:
-                channel(message)
-            except (OSError, smtplib.SMTPException, subprocess.SubprocessError) as error:
-                log.warning("not sent, tried again later: %s: %s", message.subject, error)
-                failed.append((channel, message))
-        self.unsent = failed[-MESSAGES_KEPT:]
+                channel.send(message)
+            except Exception as error:  # whatever one channel answers, the others are told
+                # Not the error's text of an HTTP library: a webhook's address is a secret.
+                reason = type(error).__name__ if channel.name.startswith("webhook") else str(error)
+                log.warning("not sent, tried again later: %s: %s: %s", channel.name, message.subject, reason)
+                failing.add(key)
+                continue
+            self.unsent.remove((key, message))
+            if is_kept:
+                self._keep()
+
+    def _keep(self) -> None:
+        if self.state is None:
+            return
+        text = json.dumps(
+            {
+                "red": [asdict(check) for check in self.red.values()],
+                "unsent": [(key, asdict(message)) for key, message in self.unsent],
+            }
+        )
+        fresh = self.state.with_name(self.state.name + ".new")
+        try:
+            with fresh.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self.state)
+        except OSError as error:
+            log.warning("a restart will tell again what is red: %s cannot be written: %s", self.state, error)
 
 
 def database_of(dsn: str) -> str:

@@ -6,9 +6,9 @@ Rendered on the server, from templates that escape every text; it reads and neve
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
-import threading
+import re
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
@@ -34,6 +34,9 @@ from level_sync.scan import Reader
 HERE = Path(__file__).parent
 PAGE_SIZE = 100
 WEEKS_SHOWN = 4
+RUNS_SHOWN = 300  # in the picture
+PAGES_KEPT = 20
+PATIENCE = 1  # seconds a page waits for the connection
 SHORTEST_TOKEN = 16
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 HEADERS = {
@@ -79,12 +82,13 @@ class Dashboard:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
+        self._last: dict[str, str] = {}
 
     def routes(self) -> list[Route | Mount]:
         return [
             Route("/", self._page("now.html", self._now)),
             Route("/runs", self._page("runs.html", self._runs)),
-            Route("/runs/{run_id:int}", self._page("run.html", self._run)),
+            Route("/runs/{run_id}", self._page("run.html", self._run)),
             Route("/queue", self._page("queue.html", self._queue)),
             Route("/users", self._page("user.html", self._user)),
             Mount("/static", StaticFiles(directory=HERE / "static")),
@@ -92,24 +96,31 @@ class Dashboard:
 
     def _page(self, template: str, read: Page) -> Callable[[Request], Response]:
         def answer(request: Request) -> Response:
-            # Starlette calls this in a thread of its own.
+            # Starlette calls this in a thread of its own. While a scan has the connection, or a server that hangs, the
+            # page is shown as it was: its foot says when that was.
+            if not self.reader.is_connected.acquire(timeout=PATIENCE):
+                last = self._last.get(str(request.url))
+                return HTMLResponse(last) if last else HTMLResponse(render(request, "busy.html"), 503)
             try:
-                with self.reader.is_connected, self.reader.connection() as connection:
-                    found = read(request, connection)
+                with self.reader.connection() as connection:
+                    html = render(request, template, **read(request, connection))
+                self._last[str(request.url)] = html
+                if len(self._last) > PAGES_KEPT:
+                    self._last.pop(next(iter(self._last)))
+                return HTMLResponse(html)
             except psycopg.Error as error:
-                return self._render(request, "away.html", {"error": str(error).strip()}, status=503)
-            return self._render(request, template, found)
+                self._last.clear()
+                is_away = error.sqlstate is None
+                return HTMLResponse(render(request, "away.html", error=str(error).strip(), is_away=is_away), 503)
+            finally:
+                self.reader.is_connected.release()
 
         return answer
-
-    def _render(self, request: Request, template: str, found: dict[str, Any], status: int = 200) -> Response:
-        html = templates.get_template(template).render(path=request.url.path, now=time.time(), **found)
-        return HTMLResponse(html, status_code=status)
 
     def _now(self, request: Request, connection: psycopg.Connection[Any]) -> dict[str, Any]:
         checks = self.reader.checks(list(queries.quick_health(connection)))
         since = datetime.now(timezone.utc) - timedelta(weeks=WEEKS_SHOWN)
-        runs = list(queries.runs_since(connection, since=since))
+        runs = list(queries.runs_since(connection, since=since, row_limit=RUNS_SHOWN))
         scan = self.reader.last_scan
         return {
             "to_do": [check for check in checks if check.ok is not True],
@@ -128,7 +139,7 @@ class Dashboard:
         return {"rows": list(queries.runs_before(connection, before=before, row_limit=PAGE_SIZE)), "size": PAGE_SIZE}
 
     def _run(self, request: Request, connection: psycopg.Connection[Any]) -> dict[str, Any]:
-        run_id = within_bigint(request.path_params["run_id"])
+        run_id = whole(request.path_params["run_id"], "The number of a run")
         run = queries.run(connection, run_id=run_id)
         if run is None:
             raise HTTPException(404, f"There is no run {run_id}; old ones are purged.")
@@ -160,18 +171,14 @@ class Dashboard:
 def number(request: Request, name: str) -> int | None:
     """A number of the query, None where it is not given. Anything else is the visitor's mistake."""
     text = request.query_params.get(name, "").strip()
-    if not text:
-        return None
-    try:
-        return within_bigint(int(text))
-    except ValueError:
-        raise HTTPException(400, f"{name} must be a number.") from None
+    return whole(text, name) if text else None
 
 
-def within_bigint(value: int) -> int:
-    if not -(2**63) <= value < 2**63:
-        raise HTTPException(400, "No id is as large as that.")
-    return value
+def whole(text: str, name: str) -> int:
+    """The number that the text is; more than 18 digits is no id of ours."""
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise HTTPException(400, f"{name} must be a whole number of at most 18 digits.")
+    return int(text)
 
 
 class Guard:
@@ -207,36 +214,42 @@ class Guard:
         scheme, _, credentials = authorization.partition(" ")
         try:
             given = base64.b64decode(credentials, validate=True).partition(b":")[2]
-        except binascii.Error:
+        except ValueError:
             return False
         return scheme.lower() == "basic" and hmac.compare_digest(given, (self.token or "").encode())
 
 
-def application(reader: Reader, token: str | None = None) -> Starlette:
+def render(request: Request, template: str, **found: Any) -> str:
+    return templates.get_template(template).render(path=request.url.path, now=time.time(), **found)
+
+
+def application(reader: Reader, token: str | None = None) -> Guard:
     """The dashboard; without a token it answers only to the names of this machine."""
 
     def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        html = templates.get_template("refused.html").render(path=request.url.path, now=time.time(), error=error.detail)
-        return HTMLResponse(html, status_code=error.status_code)
+        return HTMLResponse(render(request, "refused.html", error=error.detail), error.status_code)
 
     # Without a token a name that somebody else's page resolves to this machine must not reach it.
     hosts = ["*"] if token else [*LOOPBACK, "[::1]"]
-    return Starlette(
+    pages = Starlette(
         routes=Dashboard(reader).routes(),
         exception_handlers={HTTPException: refuse},
-        middleware=[Middleware(Guard, token=token), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
     )
+    return Guard(pages, token)
 
 
-def serve(dsn: str, host: str, port: int, *, scan_interval: float, token: str | None = None) -> None:
-    """Answers until Ctrl-C or SIGTERM, and looks at every pair each scan_interval seconds."""
+def serve(
+    dsn: str, host: str, port: int, *, scan_interval: float, is_ready: Callable[[], object], token: str | None = None
+) -> None:
+    """Answers until Ctrl-C or SIGTERM, and looks at every pair each scan_interval seconds. Raises OSError."""
     reader = Reader(dsn)
-    stop = threading.Event()
-    scanner = threading.Thread(target=reader.keep_scanning, args=[scan_interval, stop])
-    scanner.start()
-    try:
-        uvicorn.run(application(reader, token), host=host, port=port, log_level="warning", server_header=False)
-    finally:
-        stop.set()
-        scanner.join()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listener:
+        is_ready()
+        reader.keep_scanning(scan_interval)
+        configuration = uvicorn.Config(
+            application(reader, token), log_level="warning", server_header=False, timeout_graceful_shutdown=3
+        )
+        uvicorn.Server(configuration).run(sockets=[listener])

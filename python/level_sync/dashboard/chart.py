@@ -33,14 +33,14 @@ class Chart:
 
 def chart_of(runs: list[dict[str, Any]], since: datetime, until: datetime) -> Chart:
     """Heights are logarithmic: one desync must be seen beside ten thousand."""
-    most_found = max([run["issues_found"] for run in runs], default=0)
+    most_found = max([run["issues_found"] or 0 for run in runs], default=0)
     longest = max([float(run["duration_seconds"] or 0) for run in runs], default=0)
     span = (until - since).total_seconds()
 
     def x(moment: datetime) -> float:
         return round((moment - since).total_seconds() / span * (WIDTH - 2 * BAR), 1)
 
-    def height(value: float, most: float, room: int) -> float:
+    def height(value: float | None, most: float, room: int) -> float:
         return round(math.log1p(value) / math.log1p(most) * room, 1) if most and value else 0
 
     bars = [

@@ -20,8 +20,11 @@ function bringInStep(old, fresh) {
   had.slice(has.length).forEach((child) => child.remove());
 }
 
+let isUpdating = false;
+
 async function update() {
-  if (document.hidden) return;
+  if (document.hidden || isUpdating) return;
+  isUpdating = true;
   const stale = document.getElementById("stale");
   try {
     const answer = await fetch(location.href, { cache: "no-store" });
@@ -31,6 +34,8 @@ async function update() {
     document.title = fresh.title;
   } catch {
     stale.textContent = " · the dashboard does not answer, this is old";
+  } finally {
+    isUpdating = false;
   }
 }
 
