@@ -116,8 +116,8 @@ def mutations() -> list[Mutation]:
     return found
 
 
-def survives(mutation: Mutation) -> bool:
-    """Whether no test of the fast part fails."""
+def killer_of(mutation: Mutation) -> str | None:
+    """The first test of the fast part that fails, None where none does."""
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name)
         for part in ("sql", "migrations", "python", "tests"):
@@ -145,13 +145,13 @@ def survives(mutation: Mutation) -> bool:
                     check=False,
                 )
             except subprocess.TimeoutExpired:
-                return False  # it hangs, and somebody would notice
-            # 2 is how workers stop at the first failure.
-            if done.returncode != 0 and not re.search(r"(?m)^(FAILED|ERROR) ", done.stdout):
-                raise RuntimeError(done.stdout + done.stderr)
+                return "it hangs"
             if done.returncode != 0:
-                return False
-        return True
+                failed = re.search(r"(?m)^(?:FAILED|ERROR) tests/(\S+)", done.stdout)
+                if failed is None:
+                    raise RuntimeError(done.stdout + done.stderr)
+                return failed[1]
+        return None
 
 
 def main(
@@ -164,10 +164,10 @@ def main(
     survivors = []
     for number, mutation in enumerate(chosen, start=1):
         if not only or number in only:
-            has_survived = survives(mutation)
-            verdict = "SURVIVED" if has_survived else "killed"
-            print(f"{number:3} of {count}  {verdict:8}  {mutation.what}, {mutation.place()}", flush=True)
-            survivors += [mutation] if has_survived else []
+            killer = killer_of(mutation)
+            verdict = f"killed by {killer}" if killer else "SURVIVED"
+            print(f"{number:3} of {count}  {mutation.what}, {mutation.place()}: {verdict}", flush=True)
+            survivors += [] if killer else [mutation]
     tried = len(only) if only else count
     print(f"{tried - len(survivors)} of {tried} killed; {len(everything)} changes are possible")
     raise typer.Exit(len(survivors) > tried * 0.05)
