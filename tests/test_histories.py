@@ -109,7 +109,7 @@ class Client(threading.Thread):
                 connection.execute(f"delete from {table} where {KEY[table][0]} = %s", [pair]).rowcount
                 for table in (PROGRESS, LICENSE)
             ]
-        if all(gone):
+        if any(gone):  # The other side may still have been queued, or not yet visible: with propagate it goes too.
             self.history.append(Write(pair, None, began, time.monotonic(), "delete"))
 
     def in_bulk(self, connection: psycopg.Connection[Any], _: int) -> None:
