@@ -27,7 +27,7 @@ def read_dsn(dsn: str) -> dict[str, Any]:
     try:
         parts = conninfo_to_dict(re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn))
         if "@" in str(parts.get("host", ""))[1:]:
-            raise psycopg.ProgrammingError  # the end of a password: libpq would tell it as the host's name
+            raise psycopg.ProgrammingError  # the end of a password, which libpq would tell as the host's name
         return parts
     except psycopg.ProgrammingError:
         raise DsnError(
