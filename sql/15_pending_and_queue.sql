@@ -1,10 +1,12 @@
 -- Where a pair waits that could not be carried at once: until the commit of its transaction (pending_pairs), or
 -- until a drain (sync_queue). Only the pair and the side that was written are kept, never a level.
 --
--- Three transaction-local settings steer this; none is needed for correctness:
+-- Five transaction-local settings steer this; none is needed for correctness:
 --   level_sync.own_depth        trigger depth at which our own statement runs: its echo needs no second look
 --   level_sync.subtransactions  one dot for each subtransaction used; past 64 every other session slows down
 --   level_sync.pending          'on' once the transaction carries a set at its commit, 'lost' where it cannot
+--   level_sync.moves            'on' once the transaction judges moved rows at its commit
+--   level_sync.limits           max_levels of the specializations that bulk has looked up: \x01, id, \x02, 10 digits, ...
 
 create or replace function level_sync._count_subtransaction()
   returns integer
@@ -98,6 +100,31 @@ $$;
 comment on function level_sync._enqueue(bigint[], text[], text[], text[], text[], text[], text[], text[]) is
   'Queues pairs for the next drain, with who wrote them and why (NULL: this session''s actor and reason). Where that is impossible it warns and returns false; the write stands.';
 
+-- A row of a bulk write finds the limit without a query. A limit that somebody lowers meanwhile is seen by the set.
+create or replace function level_sync._is_level_allowed(specialization text, level integer)
+  returns boolean
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  limits  constant text := coalesce(current_setting('level_sync.limits', true), '');
+  highest integer;
+begin
+  select coalesce(known.max_levels, 2147483647)
+    into highest
+    from public.specializations as known
+   where known.id = _is_level_allowed.specialization;
+  if highest is not null and length(limits) < 1000 then
+    perform set_config('level_sync.limits',
+                       e'\x01' || specialization || e'\x02' || lpad(highest::text, 10) || limits, true);
+  end if;
+  return coalesce(level between 1 and highest, false);
+end
+$$;
+
+comment on function level_sync._is_level_allowed(text, integer) is
+  'Whether the specialization has this level. Remembers its limit until the transaction ends, for the rows to come.';
+
 create or replace function level_sync._defer_pair(user_id bigint, specialization text, side text, change text)
   returns void
   language plpgsql
@@ -121,8 +148,9 @@ begin
   begin
     -- After SET CONSTRAINTS ALL IMMEDIATE each further pair would be carried as a set of one.
     set constraints level_sync.pending_pairs_committed deferred;
-    insert into level_sync.pending_pairs (user_id, specialization, side, change, arms_commit)
-    values (_defer_pair.user_id, _defer_pair.specialization, _defer_pair.side, _defer_pair.change, true);
+    insert into level_sync.pending_pairs (user_id, specialization, side, change)
+    values (_defer_pair.user_id, _defer_pair.specialization, _defer_pair.side, _defer_pair.change);
+    insert into level_sync.pending_commits (act) values ('carry');
     perform set_config('level_sync.pending', 'on', true);
   exception when others then
     if sqlstate = '40001' then
@@ -142,3 +170,48 @@ $$;
 
 comment on function level_sync._defer_pair(bigint, text, text, text) is
   'Leaves a pair to the commit of this transaction, or to SET CONSTRAINTS ALL IMMEDIATE if that comes first.';
+
+-- A moved row has left one pair, as a delete does, and come to another, as an insert does. Where the commit cannot be
+-- armed, the pairs go to the queue as just that.
+create or replace function level_sync._defer_move(
+    side text, old_user bigint, old_specialization text, new_user bigint, new_specialization text)
+  returns void
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set lock_timeout = '100ms'
+as $$
+declare
+  is_armed constant boolean := coalesce(current_setting('level_sync.moves', true), '') = 'on';
+  is_spent constant boolean := length(current_setting('level_sync.subtransactions', true)) > 56;
+begin
+  if is_armed or is_spent then
+    insert into level_sync.pending_pairs (user_id, specialization, side, change)
+    select place.user_id, place.specialization, _defer_move.side, place.change
+      from (values (old_user, old_specialization, 'moved_from'), (new_user, new_specialization, 'moved_to'))
+             as place (user_id, specialization, change)
+     where place.user_id is not null and place.specialization is not null;
+    if not is_armed then
+      insert into level_sync.pending_commits (act) values ('judge');
+      perform set_config('level_sync.moves', 'on', true);
+    end if;
+    return;
+  end if;
+
+  perform level_sync._count_subtransaction();
+  begin
+    set constraints level_sync.moves_committed deferred;
+    insert into level_sync.pending_commits (act) values ('judge');
+    perform set_config('level_sync.moves', 'on', true);
+    perform level_sync._defer_move(side, old_user, old_specialization, new_user, new_specialization);
+  exception when others then
+    if sqlstate = '40001' then
+      raise;
+    end if;
+    perform level_sync._enqueue(array[old_user, new_user], array[old_specialization, new_specialization], array[side, side],
+                                array['deleted', 'created'], array[sqlstate, sqlstate], array[sqlerrm, sqlerrm]);
+  end;
+end
+$$;
+
+comment on function level_sync._defer_move(text, bigint, text, bigint, text) is
+  'Leaves the two places of a moved row to be judged at the commit of this transaction, or at SET CONSTRAINTS ALL IMMEDIATE if that comes first.';

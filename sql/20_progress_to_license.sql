@@ -10,7 +10,7 @@ as $$
 declare
   change             constant text := case tg_op when 'INSERT' then 'created' else 'level_changed' end;
   pending            constant text := current_setting('level_sync.pending', true);
-  is_spent           constant boolean := length(current_setting('level_sync.subtransactions', true)) > 56;
+  limits             constant text := current_setting('level_sync.limits', true);
   outer_depth        text;
   outer_lock_timeout text;
   carried_at         timestamptz;
@@ -24,32 +24,22 @@ declare
   old_level          integer;
   new_level          integer;
 begin
-  -- A moved pair is judged at commit; a set that comes before that must not take its old place for a missing row.
   if tg_op = 'UPDATE' and (old.student_id = new.student_id and old.specialization_id = new.specialization_id) is not true then
-    if pending = 'on' then
-      insert into level_sync.pending_pairs (user_id, specialization, side, change)
-      select old.student_id, old.specialization_id, 'progress', 'left'
-       where old.student_id is not null and old.specialization_id is not null;
-    end if;
+    perform level_sync._defer_move('progress', old.student_id, old.specialization_id, new.student_id, new.specialization_id);
     return null;
   end if;
 
   -- Bulk: the transaction carries a set when it commits, and this pair joins it. Where a transaction has no
   -- subtransaction left to arm that set, the pair stays behind for the drain.
-  if pending = 'on' or is_spent and pending is distinct from 'lost' then
-    insert into level_sync.pending_pairs (user_id, specialization, side, change)
-    select new.student_id, new.specialization_id, 'progress', change
-      from public.specializations as specialization
-     where specialization.id = new.specialization_id
-       and new.current_level between 1 and coalesce(specialization.max_levels, new.current_level);
-    if found then
-      return null;
-    end if;
-  elsif pending = 'lost' then
-    perform from public.specializations as specialization
-      where specialization.id = new.specialization_id
-        and new.current_level between 1 and coalesce(specialization.max_levels, new.current_level);
-    if found then
+  if pending in ('on', 'lost') or length(current_setting('level_sync.subtransactions', true)) > 56 then
+    if (new.current_level between 1 and substr(limits, nullif(strpos(limits, e'\x01' || new.specialization_id || e'\x02'), 0)
+                                                       + length(new.specialization_id) + 2, 10)::integer) is true
+       or level_sync._is_level_allowed(new.specialization_id, new.current_level)
+    then
+      if pending is distinct from 'lost' then
+        insert into level_sync.pending_pairs (user_id, specialization, side, change)
+        values (new.student_id, new.specialization_id, 'progress', change);
+      end if;
       return null;
     end if;
   end if;
@@ -232,12 +222,7 @@ declare
   carried_at   constant timestamptz := clock_timestamp();
   written_at   constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(carried_at);
   rule         record;
-  held_ids     bigint[];
-  held_specs   text[];
-  held_actors  text[];
-  held_reasons text[];
-  old_levels   integer[];
-  new_levels   integer[];
+  held_count   bigint;
 begin
   if not ('progress' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
@@ -251,51 +236,46 @@ begin
     reasons := array_fill(level_sync._session_reason(), array[cardinality(user_ids)]);
   end if;
 
-  -- Locked first, so that the levels below are the last ones; what somebody else holds is left alone.
-  select array_agg(held.user_id), array_agg(held.specialization), array_agg(held.old_level), array_agg(held.new_level),
-         array_agg(held.actor), array_agg(held.reason)
-    into held_ids, held_specs, old_levels, new_levels, held_actors, held_reasons
-    from (
-      select pair.user_id, pair.specialization, license.current_level as old_level, progress.current_level as new_level,
-             pair.actor, pair.reason
-        from unnest(user_ids, specializations, sides, changes, actors, reasons)
-               as pair (user_id, specialization, side, change, actor, reason)
-        join public.specialization_progress as progress
-          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-        join public.user_licenses as license
-          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-        join public.specializations as specialization
-          on specialization.id = pair.specialization
-         and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
-       where (pair.side = 'progress' and pair.change = 'level_changed'
-              and license.current_level is distinct from progress.current_level)
-          or (pair.change = 'created' and coalesce(license.current_level, 0) < progress.current_level)
-         for no key update of license skip locked
-    ) as held;
-
-  if held_ids is not null then
-    with carried as (
-      update public.user_licenses as license
-         set current_level      = held.new_level,
-             max_achieved_level = greatest(license.max_achieved_level, held.new_level),
-             last_advanced_at   = written_at
-        from unnest(held_ids, held_specs, old_levels, new_levels, held_actors, held_reasons)
-               as held (user_id, specialization, old_level, new_level, actor, reason)
-       where (select set_config('search_path', rule.trigger_path, true)) is not null
-         and license.user_id = held.user_id
-         and license.specialization_type = held.specialization
-      returning license.user_id, license.specialization_type, held.old_level, license.current_level, held.actor, held.reason
-    )
+  -- Locked and written in one statement: what somebody else holds is left alone, and of a row that was written since the
+  -- statement began the last version is locked, so old_level is the level that is replaced.
+  with held as materialized (
+    select pair.user_id, pair.specialization, license.current_level as old_level, progress.current_level as new_level,
+           pair.actor, pair.reason
+      from unnest(user_ids, specializations, sides, changes, actors, reasons)
+             as pair (user_id, specialization, side, change, actor, reason)
+      join public.specialization_progress as progress
+        on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+      join public.user_licenses as license
+        on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+      join public.specializations as specialization
+        on specialization.id = pair.specialization
+       and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
+     where (pair.side = 'progress' and pair.change = 'level_changed'
+            and license.current_level is distinct from progress.current_level)
+        or (pair.change = 'created' and coalesce(license.current_level, 0) < progress.current_level)
+       for no key update of license skip locked
+  ), carried as (
+    update public.user_licenses as license
+       set current_level      = held.new_level,
+           max_achieved_level = greatest(license.max_achieved_level, held.new_level),
+           last_advanced_at   = written_at
+      from held
+     where (select set_config('search_path', rule.trigger_path, true)) is not null
+       and license.user_id = held.user_id
+       and license.specialization_type = held.specialization
+    returning license.user_id, license.specialization_type, held.old_level, license.current_level, held.actor, held.reason
+  ), logged as (
     insert into level_sync.sync_events
            (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id, actor, reason)
     select carried_at, carried.user_id, carried.specialization_type, 'progress_to_license', 'updated',
            carried.old_level, carried.current_level, source, run_id, carried.actor, carried.reason
       from carried
-     where carried.current_level is distinct from carried.old_level;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-  end if;
+     where carried.current_level is distinct from carried.old_level
+  )
+  select count(*) into held_count from held;
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
-  if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > coalesce(cardinality(held_ids), 0) then
+  if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > held_count then
     with created as (
       insert into public.user_licenses
              (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
@@ -429,36 +409,33 @@ $$;
 comment on function level_sync.note_deleted_progress() is
   'Keeps the set that this transaction carries at its commit from taking a deleted progress for a missing one.';
 
--- At commit: a moved progress has left one pair, as a delete does, and come to another, as an insert does.
-create or replace function level_sync.judge_moved_progress()
-  returns trigger
+-- At commit: the place a progress row has moved to is carried as an insert is.
+create or replace function level_sync._judge_moved_progress(user_id bigint, specialization text)
+  returns void
   language plpgsql
-  security definer
   set search_path = pg_catalog, pg_temp
 as $$
 declare
   place record;
 begin
-  perform level_sync._judge_lone_license(old.student_id, old.specialization_id);
-
-  select progress.current_level, specialization.max_levels
+  select progress.current_level, limits.max_levels
     into place
     from public.specialization_progress as progress
-    left join public.specializations as specialization on specialization.id = progress.specialization_id
-   where progress.student_id = new.student_id
-     and progress.specialization_id = new.specialization_id;
-  if found then
-    if place.current_level is null or place.current_level < 1 or place.current_level > place.max_levels then
-      perform level_sync._refuse_level('progress', new.student_id, new.specialization_id, place.current_level, place.max_levels);
-    end if;
-    perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', 'created');
+    left join public.specializations as limits on limits.id = progress.specialization_id
+   where progress.student_id = _judge_moved_progress.user_id
+     and progress.specialization_id = _judge_moved_progress.specialization;
+  if not found then
+    return;
   end if;
-  return null;
+  if place.current_level is null or place.current_level < 1 or place.current_level > place.max_levels then
+    perform level_sync._refuse_level('progress', user_id, specialization, place.current_level, place.max_levels);
+  end if;
+  perform level_sync._defer_pair(user_id, specialization, 'progress', 'created');
 end
 $$;
 
-comment on function level_sync.judge_moved_progress() is
-  'Judges at commit the pair a progress has left like a delete, and the pair it has come to like an insert.';
+comment on function level_sync._judge_moved_progress(bigint, text) is
+  'Refuses a level that the new specialization does not have, or carries it without demoting the row that is there.';
 
 select level_sync._ensure_trigger('public.specialization_progress', 'progress_deleted_before_a_set', $trigger$
   create trigger progress_deleted_before_a_set
@@ -476,15 +453,6 @@ select level_sync._ensure_trigger('public.specialization_progress', 'progress_de
     when (current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
     execute function level_sync.judge_deleted_progress()
 $trigger$, 'At commit: progress goes only together with its license, or as settings.on_delete says.');
-
-select level_sync._ensure_trigger('public.specialization_progress', 'progress_pair_changed', $trigger$
-  create constraint trigger progress_pair_changed
-    after update on public.specialization_progress
-    deferrable initially deferred
-    for each row
-    when (new.student_id is distinct from old.student_id or new.specialization_id is distinct from old.specialization_id)
-    execute function level_sync.judge_moved_progress()
-$trigger$, 'At commit: the pair that was left is judged like a delete, the new one like an insert.');
 
 create or replace function level_sync.judge_truncated_progress()
   returns trigger

@@ -10,7 +10,7 @@ as $$
 declare
   change             constant text := case tg_op when 'INSERT' then 'created' else 'level_changed' end;
   pending            constant text := current_setting('level_sync.pending', true);
-  is_spent           constant boolean := length(current_setting('level_sync.subtransactions', true)) > 56;
+  limits             constant text := current_setting('level_sync.limits', true);
   outer_depth        text;
   outer_lock_timeout text;
   carried_at         timestamptz;
@@ -24,32 +24,22 @@ declare
   old_level          integer;
   new_level          integer;
 begin
-  -- A moved pair is judged at commit; a set that comes before that must not take its old place for a missing row.
   if tg_op = 'UPDATE' and (old.user_id = new.user_id and old.specialization_type = new.specialization_type) is not true then
-    if pending = 'on' then
-      insert into level_sync.pending_pairs (user_id, specialization, side, change)
-      select old.user_id, old.specialization_type, 'license', 'left'
-       where old.user_id is not null and old.specialization_type is not null;
-    end if;
+    perform level_sync._defer_move('license', old.user_id, old.specialization_type, new.user_id, new.specialization_type);
     return null;
   end if;
 
   -- Bulk: the transaction carries a set when it commits, and this pair joins it. Where a transaction has no
   -- subtransaction left to arm that set, the pair stays behind for the drain.
-  if pending = 'on' or is_spent and pending is distinct from 'lost' then
-    insert into level_sync.pending_pairs (user_id, specialization, side, change)
-    select new.user_id, new.specialization_type, 'license', change
-      from public.specializations as specialization
-     where specialization.id = new.specialization_type
-       and new.current_level between 1 and coalesce(specialization.max_levels, new.current_level);
-    if found then
-      return null;
-    end if;
-  elsif pending = 'lost' then
-    perform from public.specializations as specialization
-      where specialization.id = new.specialization_type
-        and new.current_level between 1 and coalesce(specialization.max_levels, new.current_level);
-    if found then
+  if pending in ('on', 'lost') or length(current_setting('level_sync.subtransactions', true)) > 56 then
+    if (new.current_level between 1 and substr(limits, nullif(strpos(limits, e'\x01' || new.specialization_type || e'\x02'), 0)
+                                                       + length(new.specialization_type) + 2, 10)::integer) is true
+       or level_sync._is_level_allowed(new.specialization_type, new.current_level)
+    then
+      if pending is distinct from 'lost' then
+        insert into level_sync.pending_pairs (user_id, specialization, side, change)
+        values (new.user_id, new.specialization_type, 'license', change);
+      end if;
       return null;
     end if;
   end if;
@@ -230,12 +220,7 @@ declare
   carried_at   constant timestamptz := clock_timestamp();
   written_at   constant public.specialization_progress.last_activity%type := level_sync._as_utc(carried_at);
   rule         record;
-  held_ids     bigint[];
-  held_specs   text[];
-  held_actors  text[];
-  held_reasons text[];
-  old_levels   integer[];
-  new_levels   integer[];
+  held_count   bigint;
 begin
   if not ('license' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
@@ -249,50 +234,45 @@ begin
     reasons := array_fill(level_sync._session_reason(), array[cardinality(user_ids)]);
   end if;
 
-  -- Locked first, so that the levels below are the last ones; what somebody else holds is left alone.
-  select array_agg(held.user_id), array_agg(held.specialization), array_agg(held.old_level), array_agg(held.new_level),
-         array_agg(held.actor), array_agg(held.reason)
-    into held_ids, held_specs, old_levels, new_levels, held_actors, held_reasons
-    from (
-      select pair.user_id, pair.specialization, progress.current_level as old_level, license.current_level as new_level,
-             pair.actor, pair.reason
-        from unnest(user_ids, specializations, sides, changes, actors, reasons)
-               as pair (user_id, specialization, side, change, actor, reason)
-        join public.user_licenses as license
-          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-        join public.specialization_progress as progress
-          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-        join public.specializations as specialization
-          on specialization.id = pair.specialization
-         and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
-       where (pair.side = 'license' and pair.change = 'level_changed'
-              and progress.current_level is distinct from license.current_level)
-          or (pair.change = 'created' and coalesce(progress.current_level, 0) < license.current_level)
-         for no key update of progress skip locked
-    ) as held;
-
-  if held_ids is not null then
-    with carried as (
-      update public.specialization_progress as progress
-         set current_level = held.new_level,
-             last_activity = written_at
-        from unnest(held_ids, held_specs, old_levels, new_levels, held_actors, held_reasons)
-               as held (user_id, specialization, old_level, new_level, actor, reason)
-       where (select set_config('search_path', rule.trigger_path, true)) is not null
-         and progress.student_id = held.user_id
-         and progress.specialization_id = held.specialization
-      returning progress.student_id, progress.specialization_id, held.old_level, progress.current_level, held.actor, held.reason
-    )
+  -- Locked and written in one statement: what somebody else holds is left alone, and of a row that was written since the
+  -- statement began the last version is locked, so old_level is the level that is replaced.
+  with held as materialized (
+    select pair.user_id, pair.specialization, progress.current_level as old_level, license.current_level as new_level,
+           pair.actor, pair.reason
+      from unnest(user_ids, specializations, sides, changes, actors, reasons)
+             as pair (user_id, specialization, side, change, actor, reason)
+      join public.user_licenses as license
+        on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+      join public.specialization_progress as progress
+        on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+      join public.specializations as specialization
+        on specialization.id = pair.specialization
+       and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
+     where (pair.side = 'license' and pair.change = 'level_changed'
+            and progress.current_level is distinct from license.current_level)
+        or (pair.change = 'created' and coalesce(progress.current_level, 0) < license.current_level)
+       for no key update of progress skip locked
+  ), carried as (
+    update public.specialization_progress as progress
+       set current_level = held.new_level,
+           last_activity = written_at
+      from held
+     where (select set_config('search_path', rule.trigger_path, true)) is not null
+       and progress.student_id = held.user_id
+       and progress.specialization_id = held.specialization
+    returning progress.student_id, progress.specialization_id, held.old_level, progress.current_level, held.actor, held.reason
+  ), logged as (
     insert into level_sync.sync_events
            (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id, actor, reason)
     select carried_at, carried.student_id, carried.specialization_id, 'license_to_progress', 'updated',
            carried.old_level, carried.current_level, source, run_id, carried.actor, carried.reason
       from carried
-     where carried.current_level is distinct from carried.old_level;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-  end if;
+     where carried.current_level is distinct from carried.old_level
+  )
+  select count(*) into held_count from held;
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
-  if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > coalesce(cardinality(held_ids), 0) then
+  if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > held_count then
     with created as (
       insert into public.specialization_progress
              (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
@@ -425,36 +405,33 @@ $$;
 comment on function level_sync.note_deleted_license() is
   'Keeps the set that this transaction carries at its commit from taking a deleted license for a missing one.';
 
--- At commit: a moved license has left one pair, as a delete does, and come to another, as an insert does.
-create or replace function level_sync.judge_moved_license()
-  returns trigger
+-- At commit: the place a license row has moved to is carried as an insert is.
+create or replace function level_sync._judge_moved_license(user_id bigint, specialization text)
+  returns void
   language plpgsql
-  security definer
   set search_path = pg_catalog, pg_temp
 as $$
 declare
   place record;
 begin
-  perform level_sync._judge_lone_progress(old.user_id, old.specialization_type);
-
-  select license.current_level, specialization.max_levels
+  select license.current_level, limits.max_levels
     into place
     from public.user_licenses as license
-    left join public.specializations as specialization on specialization.id = license.specialization_type
-   where license.user_id = new.user_id
-     and license.specialization_type = new.specialization_type;
-  if found then
-    if place.current_level is null or place.current_level < 1 or place.current_level > place.max_levels then
-      perform level_sync._refuse_level('license', new.user_id, new.specialization_type, place.current_level, place.max_levels);
-    end if;
-    perform level_sync._defer_pair(new.user_id, new.specialization_type, 'license', 'created');
+    left join public.specializations as limits on limits.id = license.specialization_type
+   where license.user_id = _judge_moved_license.user_id
+     and license.specialization_type = _judge_moved_license.specialization;
+  if not found then
+    return;
   end if;
-  return null;
+  if place.current_level is null or place.current_level < 1 or place.current_level > place.max_levels then
+    perform level_sync._refuse_level('license', user_id, specialization, place.current_level, place.max_levels);
+  end if;
+  perform level_sync._defer_pair(user_id, specialization, 'license', 'created');
 end
 $$;
 
-comment on function level_sync.judge_moved_license() is
-  'Judges at commit the pair a license has left like a delete, and the pair it has come to like an insert.';
+comment on function level_sync._judge_moved_license(bigint, text) is
+  'Refuses a level that the new specialization does not have, or carries it without demoting the row that is there.';
 
 select level_sync._ensure_trigger('public.user_licenses', 'license_deleted_before_a_set', $trigger$
   create trigger license_deleted_before_a_set
@@ -472,15 +449,6 @@ select level_sync._ensure_trigger('public.user_licenses', 'license_deleted', $tr
     when (current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
     execute function level_sync.judge_deleted_license()
 $trigger$, 'At commit: a license goes only together with its progress, or as settings.on_delete says.');
-
-select level_sync._ensure_trigger('public.user_licenses', 'license_pair_changed', $trigger$
-  create constraint trigger license_pair_changed
-    after update on public.user_licenses
-    deferrable initially deferred
-    for each row
-    when (new.user_id is distinct from old.user_id or new.specialization_type is distinct from old.specialization_type)
-    execute function level_sync.judge_moved_license()
-$trigger$, 'At commit: the pair that was left is judged like a delete, the new one like an insert.');
 
 create or replace function level_sync.judge_truncated_licenses()
   returns trigger

@@ -8,9 +8,25 @@ create or replace function level_sync._carry_pairs(
   language plpgsql
   set search_path = pg_catalog, pg_temp
 as $$
+declare
+  outer_nestloop constant text := current_setting('enable_nestloop');
+  outer_work_mem constant text := current_setting('work_mem');
 begin
+  -- The planner takes the two columns of a pair for independent and expects a handful of matches however many pairs
+  -- there are. Where they are a good part of the table, one look at each row of it is quicker than one at each pair.
+  if cardinality(user_ids) > 1000 and cardinality(user_ids) > (
+    select 0.05 * max(pg_class.reltuples) from pg_class
+     where pg_class.oid in ('public.specialization_progress'::regclass, 'public.user_licenses'::regclass))
+  then
+    perform set_config('enable_nestloop', 'off', true);
+    if pg_size_bytes(outer_work_mem) < pg_size_bytes('64MB') then
+      perform set_config('work_mem', '64MB', true);
+    end if;
+  end if;
   perform level_sync._carry_progress_to_licenses(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
   perform level_sync._carry_licenses_to_progress(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
+  perform set_config('enable_nestloop', outer_nestloop, true),
+          set_config('work_mem', outer_work_mem, true);
 end
 $$;
 
@@ -232,6 +248,8 @@ declare
   is_taken           boolean := false;
 begin
   perform set_config('level_sync.pending', '', true);
+  delete from level_sync.pending_commits as pending
+   where pending.transaction_id = new.transaction_id and pending.act = 'carry';
   if length(current_setting('level_sync.subtransactions', true)) > 56 then
     return null;  -- No subtransaction is left to do this safely in: the pairs stay behind for the drain.
   end if;
@@ -247,20 +265,22 @@ begin
     with taken as (
       delete from level_sync.pending_pairs as pending
        where pending.transaction_id = new.transaction_id
+         and pending.change not in ('moved_from', 'moved_to')
       returning pending.pending_id, pending.user_id, pending.specialization, pending.side, pending.change,
                 pending.actor, pending.reason
     ), left_pairs as materialized (
       -- A row that was deleted or moved away is no missing one: what is to happen is judged at commit, not here.
-      select taken.user_id, taken.specialization
-        from taken
-       where taken.change = 'left'
-         and case taken.side
+      select gone.user_id, gone.specialization
+        from level_sync.pending_pairs as gone
+       where gone.transaction_id = new.transaction_id
+         and gone.change in ('left', 'moved_from')
+         and case gone.side
                when 'progress' then not exists (
                  select from public.specialization_progress as progress
-                  where progress.student_id = taken.user_id and progress.specialization_id = taken.specialization)
+                  where progress.student_id = gone.user_id and progress.specialization_id = gone.specialization)
                else not exists (
                  select from public.user_licenses as license
-                  where license.user_id = taken.user_id and license.specialization_type = taken.specialization)
+                  where license.user_id = gone.user_id and license.specialization_type = gone.specialization)
              end
     ), latest as (
       select distinct on (taken.user_id, taken.specialization) taken.*
@@ -343,7 +363,7 @@ begin
         into pairs
         from level_sync.pending_pairs as pending
        where pending.transaction_id = new.transaction_id
-         and pending.change <> 'left';
+         and pending.change in ('created', 'level_changed', 'deleted');
     end if;
     if pairs.user_ids is not null then
       if level_sync._enqueue(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
@@ -351,7 +371,9 @@ begin
                              array_fill(sqlerrm::text, array[cardinality(pairs.user_ids)]),
                              pairs.actors, pairs.reasons)
       then
-        delete from level_sync.pending_pairs as pending where pending.transaction_id = new.transaction_id;
+        delete from level_sync.pending_pairs as pending
+         where pending.transaction_id = new.transaction_id
+           and pending.change not in ('moved_from', 'moved_to');
         return null;
       end if;
     end if;
@@ -366,14 +388,59 @@ $$;
 comment on function level_sync.carry_pending_pairs() is
   'Carries, at commit or at SET CONSTRAINTS ALL IMMEDIATE, the pairs this transaction left for then; queues what it cannot.';
 
-select level_sync._ensure_trigger('level_sync.pending_pairs', 'pending_pairs_committed', $trigger$
+select level_sync._ensure_trigger('level_sync.pending_commits', 'pending_pairs_committed', $trigger$
   create constraint trigger pending_pairs_committed
-    after insert on level_sync.pending_pairs
+    after insert on level_sync.pending_commits
     deferrable initially deferred
     for each row
-    when (new.arms_commit)
+    when (new.act = 'carry')
     execute function level_sync.carry_pending_pairs()
 $trigger$, 'Carries the pairs of a transaction when it commits.');
+
+-- UPDATE of a pair's key is judged like a delete and an insert, once both rows may have moved.
+create or replace function level_sync.judge_moves()
+  returns trigger
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  place record;
+begin
+  perform set_config('level_sync.moves', '', true);
+  delete from level_sync.pending_commits as pending
+   where pending.transaction_id = new.transaction_id and pending.act = 'judge';
+  for place in
+    with taken as (
+      delete from level_sync.pending_pairs as pending
+       where pending.transaction_id = new.transaction_id
+         and pending.change in ('moved_from', 'moved_to')
+      returning pending.*
+    )
+    select * from taken order by taken.pending_id
+  loop
+    case place.side || ' ' || place.change
+      when 'progress moved_from' then perform level_sync._judge_lone_license(place.user_id, place.specialization);
+      when 'license moved_from'  then perform level_sync._judge_lone_progress(place.user_id, place.specialization);
+      when 'progress moved_to'   then perform level_sync._judge_moved_progress(place.user_id, place.specialization);
+      when 'license moved_to'    then perform level_sync._judge_moved_license(place.user_id, place.specialization);
+    end case;
+  end loop;
+  return null;
+end
+$$;
+
+comment on function level_sync.judge_moves() is
+  'Judges, at commit or at SET CONSTRAINTS ALL IMMEDIATE, each pair that a row has left like a delete, and each that one has come to like an insert.';
+
+select level_sync._ensure_trigger('level_sync.pending_commits', 'moves_committed', $trigger$
+  create constraint trigger moves_committed
+    after insert on level_sync.pending_commits
+    deferrable initially deferred
+    for each row
+    when (new.act = 'judge')
+    execute function level_sync.judge_moves()
+$trigger$, 'At commit: the pair that was left is judged like a delete, the new one like an insert.');
 
 -- The drain. It locks both rows of a pair before it looks at them, and leaves alone what somebody else holds.
 create or replace function level_sync._lock_free_pairs(user_ids bigint[], specializations text[])
@@ -447,7 +514,8 @@ begin
   )
   insert into level_sync.sync_queue
          (queued_at, next_attempt_at, user_id, specialization, side, change, sqlstate, message, actor, reason)
-  select left_behind.queued_at, left_behind.queued_at, left_behind.user_id, left_behind.specialization, left_behind.side, left_behind.change,
+  select left_behind.queued_at, left_behind.queued_at, left_behind.user_id, left_behind.specialization, left_behind.side,
+         case left_behind.change when 'moved_from' then 'deleted' when 'moved_to' then 'created' else left_behind.change end,
          '00000', 'left behind by its transaction', left_behind.actor, left_behind.reason
     from left_behind
    where left_behind.change <> 'left'

@@ -16,6 +16,10 @@ begin
          select from level_sync.installed_triggers as installed
           where installed.relation = pg_trigger.tgrelid and installed.trigger_name = pg_trigger.tgname)
   loop
+    if stray.relation in ('public.specialization_progress'::pg_catalog.regclass, 'public.user_licenses'::pg_catalog.regclass) then
+      -- Both before either: one after the other they would meet writers coming the other way.
+      lock table public.specialization_progress, public.user_licenses in access exclusive mode;
+    end if;
     execute format('drop trigger %I on %s', stray.tgname, stray.relation);
   end loop;
   for stray in

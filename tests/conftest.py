@@ -242,6 +242,7 @@ def _assert_in_step(connection: psycopg.Connection[Any]) -> None:
     assert connection.execute("select * from level_sync.desync_issues limit 5").fetchall() == []
     assert connection.execute("select * from level_sync.sync_queue limit 5").fetchall() == []
     assert connection.execute("select * from level_sync.pending_pairs limit 5").fetchall() == []
+    assert connection.execute("select * from level_sync.pending_commits limit 5").fetchall() == []
 
 
 @pytest.fixture
