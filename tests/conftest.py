@@ -46,6 +46,7 @@ track_functions = all
 log_min_messages = warning
 """
 ROOM_IN_MEMORY = 8 * 2**30
+PROGRESS_INTERVAL = 10  # seconds
 _numbers = itertools.count(1)
 
 
@@ -259,6 +260,22 @@ def users(db: psycopg.Connection[Any]) -> Callable[[int], None]:
         db.execute("insert into users (id, name) select n, 'user ' || n from generate_series(1, %s) as n", [count])
 
     return add
+
+
+@pytest.fixture
+def progress(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """progress("3 of 200 kills") is seen while the test runs: in the long versions, every 10 seconds at most."""
+    is_long = request.config.getoption("proof")
+    told_at = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal told_at
+        if is_long and time.monotonic() - told_at >= PROGRESS_INTERVAL:
+            told_at = time.monotonic()
+            with capsys.disabled():
+                print(f"\n  {text}", end="", flush=True)
+
+    return tell
 
 
 class Mailbox:

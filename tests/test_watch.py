@@ -317,9 +317,9 @@ def test_a_run_that_ends_is_looked_at_at_once(database, db):
     assert "approve => true" in told[1].text
 
 
-def test_a_server_that_restarts_is_only_told_when_it_stays_away():
+def test_a_server_that_restarts_is_only_told_when_it_stays_away(request):
     with temporary_directory() as parent:
-        server = EmbeddedServer(parent / "server")
+        server = EmbeddedServer(parent / "server", request.config.getoption("embedded_version"))
         server.create(CONFIGURATION)
         try:
             install.migrate(dsn_of(server, "postgres"))
