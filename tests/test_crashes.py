@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,93 +22,138 @@ from academy import KEY, LICENSE, PROGRESS, add_pairs, bypass, wait_until
 from conftest import Server, start_server, temporary_directory
 from history_checker import Write, faults
 from level_sync import install
-from level_sync.servers import EmbeddedServer, dsn_of
+from level_sync.servers import EmbeddedServer, dsn_of, system_binaries
 
 PAIRS = 40  # written by the application; the pairs above are those that drain and reconcile find to do
-BROKEN = 400
+BROKEN = 200
 CRASH = ("57P01", "57P02", "57P03", "08006", "08003", "08001", None)
+# Tables without a key on the pair and without the columns of level_sync: each migrate has to add and build them.
+OWN_TABLES = """
+    create table specialization_progress (
+      id bigint generated always as identity primary key,
+      student_id bigint not null, specialization_id text not null, current_level integer not null);
+    create table user_licenses (
+      id bigint generated always as identity primary key,
+      user_id bigint not null, specialization_type text not null, current_level integer not null);
+"""
 
 
 @pytest.fixture(params=["system", "embedded"])
 def own_server(request) -> Iterator[Server]:
     """A server of this test's own, which it may kill."""
     with temporary_directory() as parent:
-        server = start_server(request.param, parent / "server")
+        server = start_server(request.param, parent / "server", request.config.getoption("embedded_version"))
         try:
             yield server
         finally:
             server.stop()
 
 
+@pytest.fixture
+def quick_threads() -> Iterator[None]:
+    """What a thread has seen of the server is still so when it acts, although others want to go on too."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(0.0001)
+    yield
+    sys.setswitchinterval(usual)
+
+
 def data_directory(server: Server) -> Path:
     return server.directory if isinstance(server, EmbeddedServer) else server.directory / "data"
+
+
+def state_of(pid: int) -> str | None:
+    """As ps says it: T is stopped, Z is dead and not reaped; None where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def kill_backend(server: Server, backend: int) -> None:
+    """The postmaster then stops every other session and recovers, as after any crash."""
+    os.kill(backend, signal.SIGKILL)
+
+
+def kill_postmaster(server: Server, _: int) -> None:
+    """Its sessions notice when they next wait for their clients; until then they go on, and may still commit."""
+    family = stopped_family(server)
+    os.kill(family[0], signal.SIGKILL)
+    start_again(server, family)
+
+
+def kill_all(server: Server, victim: int) -> None:
+    """As when a container is killed or the machine goes down: everything is cut short."""
+    os.kill(postmaster(server), signal.SIGSTOP)
+    os.kill(victim, signal.SIGKILL)
+    family = stopped_family(server)
+    for member in family:
+        with suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    start_again(server, family)
+
+
+KILLS = [kill_backend, kill_postmaster, kill_all]
 
 
 def postmaster(server: Server) -> int:
     return int((data_directory(server) / "postmaster.pid").read_text().splitlines()[0])
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def children(pid: int) -> list[int]:
-    return [int(line) for line in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def kill_postmaster(server: Server, _: int) -> None:
+def stopped_family(server: Server) -> list[int]:
+    """The postmaster, standing still so that it cannot start another process, and all of its processes."""
     pid = postmaster(server)
-    family = [pid, *children(pid)]
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not any(is_alive(member) for member in family))  # they notice that it is gone, and go too
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: state_of(pid) == "T")
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
+def start_again(server: Server, family: list[int]) -> None:
+    wait_until(lambda: not any(state_of(member) not in (None, "Z") for member in family))
     # Where nobody reaps it, as in some containers, the dead postmaster looks alive to the next one.
     for lock in (data_directory(server) / "postmaster.pid", server.directory / ".s.PGSQL.5432.lock"):
         lock.unlink()
     server.start()
 
 
-def kill_backend(server: Server, backend: int) -> None:
-    """The postmaster then stops every other session and recovers, as after any crash."""
-    with suppress(ProcessLookupError):
-        os.kill(backend, signal.SIGKILL)
-
-
 class Application(threading.Thread):
     """Writes single levels and, now and then, all of them; knows which writes were acknowledged."""
 
-    def __init__(self, dsn: str, number: int) -> None:
+    def __init__(self, dsn: str, number: int, tables: list[str], bulk_share: float) -> None:
         super().__init__()
         self.dsn, self.choice = dsn, random.Random(number)  # noqa: S311
+        self.tables, self.bulk_share = tables, bulk_share
         self.history: list[Write] = []
         self.pid = 0
-        self.error: psycopg.Error | None = None
+        self.error: Exception | None = None
 
     def run(self) -> None:
-        with suppress(psycopg.OperationalError), psycopg.connect(self.dsn, autocommit=True) as connection:
-            self.pid = connection.info.backend_pid
-            while True:
-                table, level = self.choice.choice([PROGRESS, LICENSE]), self.choice.randint(1, 8)
-                user = KEY[table][0]
-                bulk = self.choice.random() < 0.1
-                pairs = list(range(1, PAIRS + 1)) if bulk else [self.choice.randint(1, PAIRS)]
-                began = time.monotonic()
-                try:
-                    # A level that stands already is no change, and nothing that has to arrive anywhere.
-                    changed = connection.execute(
-                        f"update {table} set current_level = %(level)s from (select {user} as pair from {table}"
-                        f" where {user} = any (%(pairs)s) order by 1 for no key update) as locked"
-                        f" where {user} = locked.pair and current_level <> %(level)s returning {user}",
-                        {"level": level, "pairs": pairs},
-                    ).fetchall()
-                except psycopg.Error as error:
-                    self.history += [Write(pair, level, began, None) for pair in pairs]
-                    self.error = error
-                    return
-                self.history += [Write(pair, level, began, time.monotonic()) for (pair,) in changed]
+        try:
+            with closing(psycopg.connect(self.dsn, autocommit=True)) as connection:
+                self.pid = connection.info.backend_pid
+                while True:
+                    self.write(connection)
+        except Exception as error:
+            self.error = error
+
+    def write(self, connection: psycopg.Connection[Any]) -> None:
+        table, level = self.choice.choice(self.tables), self.choice.randint(1, 8)
+        user = KEY[table][0]
+        is_bulk = self.choice.random() < self.bulk_share
+        pairs = list(range(1, PAIRS + 1)) if is_bulk else [self.choice.randint(1, PAIRS)]
+        began = time.monotonic()
+        try:
+            # A level that stands already is no change, and nothing that has to arrive anywhere.
+            changed = connection.execute(
+                f"update {table} set current_level = %(level)s from (select {user} as pair from {table}"
+                f" where {user} = any (%(pairs)s) order by 1 for no key update) as locked"
+                f" where {user} = locked.pair and current_level <> %(level)s returning {user}",
+                {"level": level, "pairs": pairs},
+            ).fetchall()
+        except psycopg.Error:
+            self.history += [Write(pair, level, began, None) for pair in pairs]
+            raise
+        self.history += [Write(pair, level, began, time.monotonic()) for (pair,) in changed]
 
 
 def break_pairs(db: psycopg.Connection[Any], *, queue: bool) -> None:
@@ -132,6 +180,7 @@ def drain(dsn: str, db: psycopg.Connection[Any]) -> None:
 
 
 def undo(dsn: str, db: psycopg.Connection[Any]) -> None:
+    db.execute("update level_sync.settings set batch_size = 1000")  # The undo is all one transaction, and the point.
     reconcile(dsn, db)
     db.execute("select level_sync.undo(max(run_id)) from level_sync.sync_log where synced_count > 0")
 
@@ -139,18 +188,14 @@ def undo(dsn: str, db: psycopg.Connection[Any]) -> None:
 def purge(dsn: str, db: psycopg.Connection[Any]) -> None:
     db.execute(
         "insert into level_sync.sync_events (occurred_at, user_id, specialization, direction, action, source)"
-        " select '2000-01-01', n, 'PLAYER', 'progress_to_license', 'updated', 'trigger' from generate_series(1, 5000) n"
+        " select '2000-01-01', n, 'PLAYER', 'progress_to_license', 'updated', 'trigger' from generate_series(1, 500) n"
     )
     db.execute("call level_sync.purge()")
 
 
-def migrate(dsn: str, db: psycopg.Connection[Any]) -> None:
-    install.migrate(dsn)
-
-
-def write(dsn: str, db: psycopg.Connection[Any]) -> None:
-    """Only the application is at work, and what dies is one of its sessions."""
-    db.execute("select pg_sleep(0.05)")
+def remove_and_install(dsn: str, db: psycopg.Connection[Any]) -> None:
+    install.rollback(f"{dsn} application_name=rollback")
+    install.migrate(f"{dsn} application_name=migrate")
 
 
 class Worker(threading.Thread):
@@ -164,13 +209,104 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            with psycopg.connect(self.dsn, autocommit=True) as db:
-                db.execute("update level_sync.settings set batch_size = 20")
+            with closing(psycopg.connect(self.dsn, autocommit=True)) as db:
                 self.pid = db.info.backend_pid
                 while True:
                     self.activity(self.dsn, db)
         except Exception as error:
             self.error = error
+
+
+MIGRATIONS = "select count(*) from level_sync._yoyo_migration"
+NO_BOOKKEEPING = (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What is going on when a session or the postmaster is killed."""
+
+    name: str
+    victim: str  # finds the session that is in the middle of it, :pid being the worker's
+    is_cut_short: str  # whether it shows after the recovery that it did not come to its end
+    work: Callable[[str, psycopg.Connection[Any]], None] | None = None  # None: the application's own writes
+    bulk_share: float = 0.1
+    # Nothing is carried while level_sync is not installed: then only the side is written that the reconcile follows.
+    tables: tuple[str, ...] = (PROGRESS, LICENSE)
+    again: tuple[Callable[[str], Any], ...] = ()  # what people do who find it half done
+
+
+def at(statement: str) -> str:
+    return f"select pid from pg_stat_activity where pid = %(pid)s and state = 'active' and query like '%%{statement}%%'"
+
+
+def at_the_migrations(application_name: str) -> str:
+    return (
+        f"select pid from pg_stat_activity where application_name = '{application_name}' and state <> 'idle'"
+        f" and ({MIGRATIONS}) between 1 and %(migrations)s - 1"
+    )
+
+
+ACTIVITIES = [
+    Activity("write", at("update"), "select true"),
+    Activity("bulk", at("update"), "select true", bulk_share=1),
+    Activity(
+        "reconcile",
+        at("call level_sync.reconcile"),
+        "select exists (select from level_sync.sync_log where status = 'running')",
+        reconcile,
+    ),
+    Activity(
+        "drain",
+        at("call level_sync.drain_queue"),
+        f"select exists (select from level_sync.sync_queue where user_id > {PAIRS})",
+        drain,
+    ),
+    Activity(
+        "undo",
+        at("level_sync.undo"),
+        "select not exists (select from level_sync.sync_events where source = 'undo'"
+        " and run_id = (select max(run_id) from level_sync.sync_log where synced_count > 0))",
+        undo,
+    ),
+    Activity(
+        "purge",
+        at("call level_sync.purge"),
+        "select exists (select from level_sync.sync_events where occurred_at < '2001-01-01')",
+        purge,
+    ),
+    Activity(
+        "migrate",
+        at_the_migrations("migrate"),
+        f"select ({MIGRATIONS}) < %(migrations)s",
+        remove_and_install,
+        tables=(PROGRESS,),
+        again=(install.migrate,),
+    ),
+    Activity(
+        "rollback",
+        at_the_migrations("rollback"),
+        f"select ({MIGRATIONS}) > 0",
+        remove_and_install,
+        tables=(PROGRESS,),
+        again=(install.rollback, install.migrate),
+    ),
+]
+
+
+def kill_in_the_middle(
+    activity: Activity, kill: Callable[[int], None], db: psycopg.Connection[Any], known: dict[str, int], choice: Any
+) -> None:
+    """Looks at random moments, and kills at the first one at which a session is in the middle of the activity."""
+    deadline = time.monotonic() + 60
+    time.sleep(choice.uniform(0.02, 0.2))
+    while True:
+        with suppress(*NO_BOOKKEEPING, ProcessLookupError):
+            victim = db.execute(activity.victim, known).fetchone()
+            if victim:
+                kill(victim[0])
+                return
+        assert time.monotonic() < deadline, f"{activity.name} is never seen at work"
+        time.sleep(choice.uniform(0, 0.05))
 
 
 def time_passes(db: psycopg.Connection[Any]) -> None:
@@ -193,80 +329,120 @@ def connect_again(dsn: str) -> psycopg.Connection[Any]:
     return connections[0]
 
 
+def was_cut_short(activity: Activity, db: psycopg.Connection[Any], known: dict[str, int]) -> bool:
+    try:
+        return db.execute(activity.is_cut_short, known).fetchone()[0]
+    except NO_BOOKKEEPING:
+        return activity.name == "migrate"  # its bookkeeping came before the first migration
+
+
+def assert_in_step(db: psycopg.Connection[Any], told: str) -> None:
+    """Every pair is there and equal, nothing waits or runs, and what is installed is whole."""
+    for view in ("desync_issues", "sync_queue", "pending_pairs"):
+        assert db.execute(f"select * from level_sync.{view}").fetchall() == [], f"{told}: {view}"
+    for table in (PROGRESS, LICENSE):
+        assert db.execute(f"select count(*) from {table}").fetchone() == (PAIRS + BROKEN,), told
+    assert db.execute("select * from level_sync.sync_log where status = 'running'").fetchall() == [], told
+    red = "select name, detail from level_sync.health where ok is not true and name not like 'schedule%'"
+    assert db.execute(red).fetchall() == [], told
+    assert db.execute("select indexrelid::regclass from pg_index where not indisvalid").fetchall() == [], told
+
+
 def test_killed_at_any_moment_no_acknowledged_write_is_lost_and_maintenance_mends_the_rest(
-    own_server, request, record_property, capsys
+    own_server, quick_threads, request, record_property, progress
 ):
     is_long = request.config.getoption("proof")
-    activities = [write, reconcile, drain, undo, purge, migrate]
-    kills = 108 if is_long else 12
+    # 200 on two servers or on the only one. Short: two of the ways for each activity, others on the other server.
+    kills = len(ACTIVITIES) * (len(KILLS) * (5 if system_binaries() else 9) if is_long else 2)
     dsn = dsn_of(own_server, "postgres")
-    install.migrate(dsn)
     with psycopg.connect(dsn, autocommit=True) as db:
+        db.execute(OWN_TABLES)
+        install.migrate(dsn)
         add_pairs(db, PAIRS + BROKEN)
+        migrations = db.execute(MIGRATIONS).fetchone()[0]
     seed = time.time_ns() % 2**32 if is_long else 5
     choice = random.Random(seed)  # noqa: S311
     acknowledged = unknown = aborted = 0
+    cut_short: Counter[str] = Counter()
 
     for number in range(kills):
-        activity = activities[number % len(activities)]
-        # Both ways for each activity, one after the other; the short run takes the other way on the other server.
-        is_postmaster = (number // len(activities) + number + isinstance(own_server, EmbeddedServer)) % 2 == 0
-        told = f"seed {seed}, kill {number}: {'postmaster' if is_postmaster else 'backend'} during {activity.__name__}"
-        if is_long:
-            with capsys.disabled():
-                print(told, flush=True)
-        with psycopg.connect(dsn, autocommit=True) as db:
+        activity = ACTIVITIES[number % len(ACTIVITIES)]
+        turn = number // len(ACTIVITIES) + number % len(ACTIVITIES) + 2 * isinstance(own_server, EmbeddedServer)
+        way = KILLS[turn % len(KILLS)]
+        told = f"seed {seed}, kill {number}: {way.__name__} during {activity.name}"
+        progress(f"{own_server.name}, {told}, of {kills}; cut short: {dict(cut_short)}")
+        clients = [
+            Application(dsn, choice.randrange(2**32), [*activity.tables], share)
+            for share in (activity.bulk_share, 0.1, 0.1)
+        ]
+        threads = [*clients, *([Worker(dsn, activity.work)] if activity.work else [])]
+        worker = threads[-1] if activity.work else clients[0]
+        with closing(psycopg.connect(dsn, autocommit=True)) as db:
             before = dict(db.execute("select student_id, current_level from specialization_progress"))
-        application = [Application(dsn, choice.randrange(2**32)) for _ in range(3)]
-        worker = Worker(dsn, activity)
-        for thread in (worker, *application):
-            thread.start()
-        wait_until(lambda threads=(worker, *application): all(thread.pid for thread in threads))
-        time.sleep(choice.uniform(0.02, 0.4))
-        victim = application[0].pid if activity is write else worker.pid
-        (kill_postmaster if is_postmaster else kill_backend)(own_server, victim)
-        for thread in (worker, *application):
+            db.execute("update level_sync.settings set batch_size = 5, inline_limit = 4")
+            for thread in threads:
+                thread.start()
+            wait_until(lambda threads=threads: all(thread.pid or not thread.is_alive() for thread in threads))
+            known = {"pid": worker.pid, "migrations": migrations}
+            is_at_work = [thread.is_alive() for thread in threads]
+
+            def kill(victim: int, threads=threads, is_at_work=is_at_work, way=way) -> None:
+                is_at_work[:] = [thread.is_alive() for thread in threads]
+                way(own_server, victim)
+
+            kill_in_the_middle(activity, kill, db, known, choice)
+        for thread in threads:
             thread.join(timeout=60)
             assert not thread.is_alive(), told
-        assert not isinstance(worker.error, psycopg.Error) or worker.error.sqlstate in CRASH, f"{told}: {worker.error}"
-        for client in application:
-            assert client.error is None or client.error.sqlstate in CRASH, f"{told}: {client.error}"
+        assert all(is_at_work), f"{told}: {[thread.error for thread in threads]}"
+        for thread in threads:
+            assert isinstance(thread.error, psycopg.OperationalError), f"{told}: {thread.error!r}"
+            assert thread.error.sqlstate in CRASH, f"{told}: {thread.error!r}"
 
         with connect_again(dsn) as db:
-            if activity is migrate:
-                install.migrate(dsn)
-            half = db.execute(
-                "select user_id from level_sync.desync_issues where user_id <= %s and not exists ("
-                "select from level_sync.sync_queue as queued where queued.user_id = desync_issues.user_id)"
-                " and not exists (select from level_sync.pending_pairs as left_behind"
-                " where left_behind.user_id = desync_issues.user_id)",
-                [PAIRS],
-            ).fetchall()
-            assert half == [], f"{told}: half carried"
+            if activity.work is None:
+                cut_short[activity.name] += clients[0].history[-1].ended is None
+            else:
+                cut_short[activity.name] += was_cut_short(activity, db, known)
+            for step in activity.again:
+                step(dsn)
+            if not activity.again:
+                half = db.execute(
+                    "select user_id from level_sync.desync_issues where user_id <= %s and not exists ("
+                    "select from level_sync.sync_queue as queued where queued.user_id = desync_issues.user_id)"
+                    " and not exists (select from level_sync.pending_pairs as left_behind"
+                    " where left_behind.user_id = desync_issues.user_id)",
+                    [PAIRS],
+                ).fetchall()
+                assert half == [], f"{told}: half carried"
+            died = db.execute("select count(*) from level_sync.sync_log where status = 'running'").fetchone()[0]
             time_passes(db)
             db.execute("call level_sync.maintain()")
-            assert db.execute("select * from level_sync.desync_issues").fetchall() == [], told
-            assert db.execute("select * from level_sync.sync_queue").fetchall() == [], told
-            running = "select count(*) from level_sync.sync_log where status = 'running'"
-            assert db.execute(running).fetchone() == (0,), told
-            aborted += db.execute("select count(*) from level_sync.sync_log where status = 'aborted'").fetchone()[0]
-            db.execute("delete from level_sync.sync_log where status = 'aborted'")
+            assert_in_step(db, told)
+            closed = db.execute("delete from level_sync.sync_log where status = 'aborted' returning run_id").fetchall()
+            assert len(closed) == died, told
+            aborted += died
             ends = {
                 pair: (earned, issued)
                 for pair, earned, issued in db.execute(
-                    "select student_id, p.current_level, l.current_level from specialization_progress as p"
-                    " join user_licenses as l on user_id = student_id where student_id <= %s",
+                    "select coalesce(student_id, user_id), p.current_level, l.current_level"
+                    " from specialization_progress as p full join user_licenses as l on user_id = student_id"
+                    " where coalesce(student_id, user_id) <= %s",
                     [PAIRS],
                 )
             }
+        assert ends.keys() == set(range(1, PAIRS + 1)), told
         history = [Write(pair, before[pair], -1, -1) for pair in range(1, PAIRS + 1)]
-        history += [entry for client in application for entry in client.history]
+        history += [entry for client in clients for entry in client.history]
         assert faults(history, ends) == [], told
         acknowledged += sum(entry.ended is not None for entry in history) - PAIRS
         unknown += sum(entry.ended is None for entry in history)
 
+    if is_long:
+        assert aborted > 0
+        assert [activity.name for activity in ACTIVITIES if not cut_short[activity.name]] == []
     record_property(
         "figure",
-        f"{kills} kills; {acknowledged} acknowledged writes, none lost; {unknown} without an answer;"
-        f" {aborted} runs died and were closed as aborted",
+        f"{kills} kills, {kills // len(ACTIVITIES)} of each activity; {acknowledged} acknowledged writes, none lost;"
+        f" {unknown} without an answer; {aborted} runs died and were closed as aborted; cut short: {dict(cut_short)}",
     )
