@@ -304,6 +304,7 @@ def kill_in_the_middle(
     db: psycopg.Connection[Any],
     known: dict[str, int],
     choice: random.Random,
+    told: str,
 ) -> None:
     """Looks at random moments, and kills at the first one at which a session is in the middle of the activity."""
     deadline = time.monotonic() + 60
@@ -311,7 +312,7 @@ def kill_in_the_middle(
     while True:
         with suppress(*NO_BOOKKEEPING, ProcessLookupError):
             victim = db.execute(activity.victim, known).fetchone()
-            assert all(thread.is_alive() for thread in threads), [thread.error for thread in threads]
+            assert all(thread.is_alive() for thread in threads), f"{told}: {[thread.error for thread in threads]}"
             if victim:
                 kill(server, victim[0])
                 return
@@ -319,7 +320,7 @@ def kill_in_the_middle(
             sessions = db.execute(
                 "select pid, application_name, state, wait_event, query from pg_stat_activity"
             ).fetchall()
-            pytest.fail(f"{activity.name} is never seen at work: {sessions}")
+            pytest.fail(f"{told}: never seen at work: {sessions}")
         time.sleep(choice.uniform(0, 0.05))
 
 
@@ -398,7 +399,7 @@ def test_killed_at_any_moment_no_acknowledged_write_is_lost_and_maintenance_mend
                 thread.start()
             wait_until(lambda threads=threads: all(thread.pid or not thread.is_alive() for thread in threads))
             known = {"pid": worker.pid, "migrations": migrations}
-            kill_in_the_middle(activity, way, own_server, threads, db, known, choice)
+            kill_in_the_middle(activity, way, own_server, threads, db, known, choice, told)
         for thread in threads:
             thread.join(timeout=60)
             assert not thread.is_alive(), told
