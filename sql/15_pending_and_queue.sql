@@ -79,7 +79,8 @@ begin
   perform level_sync._count_subtransaction();
   begin
     insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message, actor, reason)
-    select pair.user_id, pair.specialization, pair.side, pair.change, pair.sqlstate, pair.message, pair.actor, pair.reason
+    select pair.user_id, pair.specialization, pair.side, pair.change, pair.sqlstate, left(pair.message, 1000), pair.actor,
+           pair.reason
       from unnest(user_ids, specializations, sides, changes, sqlstates, messages, actors, reasons)
              as pair (user_id, specialization, side, change, sqlstate, message, actor, reason);
     return true;

@@ -180,7 +180,7 @@ begin
       has_failed       := true;
       failed_numbers   := failed_numbers || suspect::bigint;
       failed_sqlstates := failed_sqlstates || sqlstate::text;
-      failed_messages  := failed_messages || sqlerrm::text;
+      failed_messages  := failed_messages || left(sqlerrm, 1000);
     end;
 
     -- Of the chunk, what came before the failure is gone with it; where each pair by itself did not fail, nothing is.
@@ -522,16 +522,17 @@ begin
    order by left_behind.pending_id;
 
   -- Coalesced: the newest entry of a pair tells which side was written last.
-  with due as materialized (
-    select distinct ripe.user_id, ripe.specialization
-      from (
-        select queued.user_id, queued.specialization
-          from level_sync.sync_queue as queued
-         where queued.dead_at is null
-           and queued.next_attempt_at <= due_before
-         order by queued.next_attempt_at
-         limit rule.batch_size
-      ) as ripe
+  with ripe as materialized (
+    -- Locked, so that a pair whose ripe entry another drain holds is not taken up again and again for its other entries.
+    select queued.user_id, queued.specialization
+      from level_sync.sync_queue as queued
+     where queued.dead_at is null
+       and queued.next_attempt_at <= due_before
+     order by queued.next_attempt_at
+     limit rule.batch_size
+       for update skip locked
+  ), due as materialized (
+    select distinct ripe.user_id, ripe.specialization from ripe
   ), taken as materialized (
     select queued.*
       from level_sync.sync_queue as queued

@@ -16,6 +16,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import yoyo
 
 from academy import (
     BOTH,
@@ -105,6 +106,14 @@ insert into specialization_progress (student_id, specialization_id, current_leve
   select n, 'PLAYER', 1 + n % 8, n * 10, 4.5 from generate_series(1, 200) as n;
 insert into user_licenses (user_id, specialization_type, current_level, max_achieved_level, motivation)
   select n, 'PLAYER', 1 + n % 8, 8, '{}' from generate_series(1, 199) as n;
+"""
+
+# Nothing but the pair and its level: each migrate has to add and build the rest.
+BARE_TABLES = """
+create table specialization_progress (
+  student_id bigint not null, specialization_id text not null, current_level integer not null);
+create table user_licenses (
+  user_id bigint not null, specialization_type text not null, current_level integer not null);
 """
 
 OBJECTS = {
@@ -698,13 +707,35 @@ def test_rollback_killed_before_a_step_was_marked_undone_does_it_again(empty_dat
     untouched = application_rows(adopted)
     install.migrate(empty_database.dsn)
     step = install.shipped("migrations") / "0003_create_level_sync_tables.rollback.sql"
-    for later in ("0008_create_reconcile_tables", "0005_restrict_orphans"):
+    for later in (
+        "0010_arm_commits_apart",
+        "0008_create_reconcile_tables",
+        "0005_restrict_orphans",
+        "0004_add_missing_columns",
+    ):
         adopted.execute((install.shipped("migrations") / f"{later}.rollback.sql").read_bytes())
         adopted.execute("delete from level_sync._yoyo_migration where migration_id = %s", [later])
     adopted.execute(step.read_bytes())
     install.rollback(empty_database.dsn)
     assert adopted.execute("select to_regnamespace('level_sync')").fetchone() == (None,)
     assert application_rows(adopted) == untouched
+
+
+@pytest.mark.parametrize("undone", range(1, 10))
+def test_migrate_goes_on_where_a_rollback_was_killed(empty_database, undone):
+    """On tables that lack columns, keys and constraints, after any number of steps of the rollback."""
+    with psycopg.connect(empty_database.dsn, autocommit=True) as db:
+        db.execute(BARE_TABLES)
+    install.migrate(empty_database.dsn)
+    with install._locked_backend(empty_database.dsn) as backend:
+        install.queries.remove_triggers(backend.connection)
+        for migration in backend.to_rollback(yoyo.read_migrations(str(install.shipped("migrations"))))[:undone]:
+            backend.rollback_one(migration)
+    install.migrate(empty_database.dsn)
+    with psycopg.connect(empty_database.dsn, autocommit=True) as db:
+        add_pair(db, 1, level=3)
+        set_level(db, LICENSE, 1, 5)
+        assert levels(db, 1) == (5, 5)
 
 
 @contextmanager

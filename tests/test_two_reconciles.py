@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from academy import add_pairs, bypass, configure, drop_user_trigger, last_run, levels, user_trigger
+from academy import add_pairs, bypass, configure, drain, drop_user_trigger, last_run, levels, user_trigger
 
 LEVEL_SYNC = Path(sys.executable).with_name("level-sync")
 PATIENCE = 20
@@ -160,3 +160,21 @@ def test_pair_that_came_right_between_plan_and_repair_is_not_touched(database, b
         "select count(*) from level_sync.sync_events where user_id = 50 and source = 'reconcile'"
     ).fetchone() == (0,)
     drop_user_trigger(broken)
+
+
+def test_drain_ends_while_another_session_holds_one_of_the_entries_of_a_pair(database, db):
+    add_pairs(db, 1)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5")
+    for _ in range(2):
+        db.execute(
+            "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)"
+            " values (1, 'PLAYER', 'progress', 'level_changed', '55P03', 'planted')"
+        )
+    holder = database.connect(autocommit=False)
+    holder.execute("select from level_sync.sync_queue order by queue_id limit 1 for update")
+    db.execute("set statement_timeout = '20s'")
+    db.execute("call level_sync.drain_queue()", prepare=False)
+    holder.rollback()
+    drain(db)
+    assert levels(db, 1) == (5, 5)
