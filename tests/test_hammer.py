@@ -78,16 +78,16 @@ def progress(capsys) -> Callable[[str], None]:
 class Writers(threading.Thread):
     """pgbench, one after the other, until enough was written and every fault was met."""
 
-    def __init__(self, command: list[Any], writes: int) -> None:
+    def __init__(self, command: list[Any], writes: int, stop: threading.Event) -> None:
         super().__init__()
-        self.command, self.writes = command, writes
+        self.command, self.writes, self.stopped = command, writes, stop
         self.faults_were_met = threading.Event()
         self.done = 0
         self.problem = ""
         self.messages: Counter[str] = Counter()
 
     def run(self) -> None:
-        while not self.problem and (self.done < self.writes or not self.faults_were_met.is_set()):
+        while not self.stopped.is_set() and (self.done < self.writes or not self.faults_were_met.is_set()):
             transactions = min(self.writes, WRITES_AT_ONCE) // CLIENTS + 1
             ended = subprocess.run(
                 [*self.command, f"--transactions={transactions}"], capture_output=True, text=True, check=False
@@ -186,8 +186,10 @@ def until(done: Callable[[], bool], what: str = "no gap between the writers in a
 @contextmanager
 def locked_table(connection: psycopg.Connection[Any], table: str, mode: str) -> Iterator[None]:
     until(lambda: attempt(connection, f"lock table {table} in {mode} mode"))
-    yield
-    connection.execute("commit")
+    try:
+        yield
+    finally:
+        connection.execute("commit")
 
 
 @contextmanager
@@ -200,17 +202,21 @@ def held_rows(connection: psycopg.Connection[Any]) -> Iterator[None]:
             f"select from {LICENSE} where user_id between 4 and 5 order by user_id for update",
         )
     )
-    yield
-    connection.execute("rollback")
+    try:
+        yield
+    finally:
+        connection.execute("rollback")
 
 
 @contextmanager
 def missing_queue(connection: psycopg.Connection[Any]) -> Iterator[None]:
     until(lambda: attempt(connection, "alter table level_sync.sync_queue rename to sync_queue_gone"))
     connection.execute("commit")
-    yield
-    until(lambda: attempt(connection, "alter table level_sync.sync_queue_gone rename to sync_queue"))
-    connection.execute("commit")
+    try:
+        yield
+    finally:
+        until(lambda: attempt(connection, "alter table level_sync.sync_queue_gone rename to sync_queue"))
+        connection.execute("commit")
 
 
 class LonelyWriter:
@@ -219,7 +225,11 @@ class LonelyWriter:
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self.connection = connection
         self.warnings: list[str] = []
-        connection.add_notice_handler(lambda notice: self.warnings.append(notice.message_primary or ""))
+        connection.add_notice_handler(self.hear)
+
+    def hear(self, notice: psycopg.errors.Diagnostic) -> None:
+        if notice.severity_nonlocalized == "WARNING":
+            self.warnings.append(notice.message_primary or "")
 
     def write_with_a_warning(self, expected: str) -> None:
         """The write stands, and the client is told that nothing could be queued, and why."""
@@ -257,7 +267,7 @@ def test_no_write_fails_that_may_not_and_all_is_equal_once_the_faults_are_gone(
     ]
 
     start = time.perf_counter()
-    writers = Writers(command, writes)
+    writers = Writers(command, writes, stop)
     for thread in (writers, *hurried, *inconstant):
         thread.start()
     rounds = 0
@@ -289,7 +299,6 @@ def test_no_write_fails_that_may_not_and_all_is_equal_once_the_faults_are_gone(
                 writers.faults_were_met.set()
             progress(f"{writers.done:,} of {writes:,} writes, {rounds} rounds of faults, {dict(writers.messages)}")
     finally:
-        writers.faults_were_met.set()
         stop.set()
         for thread in (writers, *hurried, *inconstant):
             thread.join()
