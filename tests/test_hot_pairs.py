@@ -1,4 +1,4 @@
-"""Eight clients write both tables on ten hot pairs: no write fails, and naive triggers are left far behind."""
+"""Eight clients write both tables on ten hot pairs: no write fails, and none is lost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ CLIENTS = 8
 HOT_PAIRS = 10
 
 NAIVE_TRIGGERS = Path(__file__).with_name("naive_triggers.sql").read_bytes()
-
-
 ONE_WRITE = Path(__file__).with_name("one_write_of_a_hot_pair.sql")
 
 
@@ -46,23 +44,22 @@ def deadlocks(db) -> int:
     return db.execute("select deadlocks from pg_stat_database where datname = current_database()").fetchone()[0]
 
 
-def test_hot_pairs_written_on_both_sides_fail_no_write_and_leave_naive_triggers_behind(
-    database, empty_database, db, request, record_property
-):
-    # How soon naive triggers collapse is chance, and so is how many times faster we are: that is a figure, no claim.
-    seconds, naive_seconds = (10, 40) if request.config.getoption("proof") else (3, 6)
-    naive_db = empty_database.connect()
-    naive_db.execute(NAIVE_TRIGGERS)
+def test_hot_pairs_written_on_both_sides_fail_no_write(database, empty_database, db, request, record_property):
+    is_long = request.config.getoption("proof")
     add_pairs(db, HOT_PAIRS)
 
-    naive = hammer(empty_database, naive_seconds)
-    ours = hammer(database, seconds)
+    ours = hammer(database, 10 if is_long else 3)
 
-    record_property(
-        "figure",
-        f"{ours.per_second:.0f} writes/s, {ours.failures} failed, {deadlocks(db)} deadlocks; naive triggers"
-        f" {naive.per_second:.1f} writes/s, {naive.failures} failed; {ours.per_second / naive.per_second:.0f} times",
-    )
+    figure = f"{ours.per_second:.0f} writes/s, {ours.failures} failed, {deadlocks(db)} deadlocks"
+    if is_long:
+        # When naive triggers collapse is chance, and so is how many times faster we are: that is a figure, no claim.
+        empty_database.connect().execute(NAIVE_TRIGGERS)
+        naive = hammer(empty_database, 40)
+        figure += (
+            f"; naive triggers {naive.per_second:.1f} writes/s, {naive.failures} failed;"
+            f" {ours.per_second / naive.per_second:.0f} times"
+        )
+    record_property("figure", figure)
     assert ours.failures == 0
     assert deadlocks(db) == 0
     drain(db)
@@ -71,4 +68,3 @@ def test_hot_pairs_written_on_both_sides_fail_no_write_and_leave_naive_triggers_
         " on l.user_id = p.student_id and l.current_level = p.current_level"
     ).fetchone()
     assert equal == (HOT_PAIRS,)
-    assert ours.per_second > naive.per_second
