@@ -1,6 +1,6 @@
 """Runs a written schedule of sessions: each step in its order, with what blocks it and what comes of it.
 
-    levels 3 3              before the first step: user 1's pair; `- -` for none
+    levels 3 3              before the first step: user 1's pair, at one level; `- -` for none
     with lock_wait 0        a setting of level_sync
     A: begin                a step of session A: SQL, or one of the words below
     A: X 4                  writes level 4 to side X
@@ -8,10 +8,13 @@
     A: commit
     B goes on               must now end; `B goes on | fails 40001` where that is to happen
     = 5 5                   what others see now; a pair that waits is told with it: `= 4 3 queued X`
+    of user 2: = 5 5        the same of the other user, who has no row before the first step
 
-A step without `waits for` must end while everybody else stands still. `waits for A, gives up` must wait for A and
-then end by itself. A schedule is about the sides X and Y, so that one text runs for both tables. `gate NAME` lets
-whoever calls the function level_sync.NAME wait there until `open`; who is waited for is then `gate`.
+A step without `waits for` must end while everybody else stands still, and never wait for a lock. `waits for A, gives
+up` must wait for A and then end by itself; `ends` may wait, but for something that ends while all sessions stand
+still. A schedule is about the sides X and Y, so that one text runs for both tables. `gate NAME` lets whoever calls the
+function level_sync.NAME wait there until `open`; who is waited for is then `gate`. `gate migrate` lets a migrate wait
+when it has made its first trigger and so holds the tables' locks. A prepared transaction is waited for as `prepared`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,12 @@ from academy import KEY, OTHER, SIDE, add_pair, configure, last_run, levels, que
 from level_sync import install
 
 PATIENCE = 8  # seconds until a step that should end, or come to wait, is given up
-UNBLOCKED = 0.25  # seconds without a look at the locks; a step that ends sooner has not waited
+LOOK_AGAIN = 0.002  # seconds until the locks are looked at again
+PASSING = 0.03  # seconds; what waits no longer may have been put off while it gave up a lock_timeout of a millisecond
+# However long it takes, and with the lock_timeout it came with from there on.
+WAIT_AT_THE_GATE = """set_config('gate.lock_timeout', current_setting('lock_timeout'), true),
+    set_config('lock_timeout', '0', true), pg_advisory_xact_lock_shared(4711),
+    set_config('lock_timeout', current_setting('gate.lock_timeout'), true)"""
 
 
 class Schedule:
@@ -41,6 +49,7 @@ class Schedule:
         self.observer = database.connect(options=f"-c statement_timeout={PATIENCE}s")
         self.sessions: dict[str, psycopg.Connection[Any]] = {}
         self.running: dict[str, Future[Any]] = {}
+        self.migrating = ""
         self.stack = ExitStack()
         self.executor = self.stack.enter_context(ThreadPoolExecutor(8))
         # Longer than level_sync allows, so that whoever waits for a row is seen to wait.
@@ -68,6 +77,7 @@ class Schedule:
 
     def _step(self, line: str) -> None:
         if found := re.fullmatch(r"levels (\d+) (\d+)|levels - -", line):
+            assert found[1] == found[2], "a pair begins at one level"
             if found[1]:
                 add_pair(self.observer, 1, level=int(found[1]))
         elif found := re.fullmatch(r"with (\w+) (.+)", line):
@@ -76,8 +86,8 @@ class Schedule:
             self._gate(found[1])
         elif line == "open":
             self.sessions.pop("gate").close()
-        elif found := re.fullmatch(r"= (\S+) (\S+)(?: queued (.+))?", line):
-            self._expect(found[1], found[2], found[3] or "")
+        elif found := re.fullmatch(r"(?:of user (\d): )?= (\S+) (\S+)(?: queued (.+))?", line):
+            self._expect(int(found[1] or 1), found[2], found[3], found[4] or "")
         elif found := re.fullmatch(r"run (\w+)(?: (\d+) of (\d+))?", line):
             run = last_run(self.observer)
             assert run["status"] == found[1], run
@@ -96,13 +106,16 @@ class Schedule:
         if session is None:
             session = self.sessions[name] = self.database.connect()
         if action == "migrate":
+            self.migrating = name
             self.running[name] = self.executor.submit(install.migrate, self.database.dsn)
         else:
             self.running[name] = self.executor.submit(session.execute, self._sql(action).encode())
         if waits := re.fullmatch(r"waits for (\w+)(, gives up)?(?:, fails (\w+))?", expected):
-            self._await_blocked(name, waits[1], anybody=action == "migrate")
+            self._await_blocked(name, waits[1])
             if waits[2] or waits[3]:
                 self._await_end(name, waits[3])
+        elif expected == "ends":
+            self._await_end(name, None)
         else:
             fails = re.fullmatch(r"(?:fails (\w+))?", expected)
             assert fails, "not an expectation"
@@ -133,8 +146,8 @@ class Schedule:
                 "insert into level_sync.pending_pairs (user_id, specialization, side, change)"
                 f" values (1, 'PLAYER', '{SIDE[self.sides[found[1]]]}', 'level_changed')"
             )
-        if found := re.fullmatch(r"insert ([XY]) (\d+)", action):
-            return self._insert(found[1], found[2])
+        if found := re.fullmatch(r"insert ([XY]) (\d+)(?: of user (\d))?", action):
+            return self._insert(found[1], found[2], found[3] or "1")
         if found := re.fullmatch(r"upsert ([XY]) (\d+)", action):
             columns = ", ".join(KEY[self.sides[found[1]]])
             return (
@@ -158,13 +171,22 @@ class Schedule:
             "undo": "select level_sync.undo(max(run_id)) from level_sync.sync_log",
         }.get(action, action)
 
-    def _insert(self, side: str, level: str) -> str:
+    def _insert(self, side: str, level: str, user: str = "1") -> str:
         columns = ", ".join(KEY[self.sides[side]])
-        return f"insert into {self.sides[side]} ({columns}, current_level) values (1, 'PLAYER', {level})"
+        return f"insert into {self.sides[side]} ({columns}, current_level) values ({user}, 'PLAYER', {level})"
 
     def _gate(self, function: str) -> None:
         gate = self.sessions["gate"] = self.database.connect()
         gate.execute("select pg_advisory_lock(4711)")
+        if function == "migrate":
+            self.observer.execute(f"""
+                create function public.wait_at_the_gate() returns event_trigger language plpgsql as $$
+                begin
+                  perform {WAIT_AT_THE_GATE};
+                end $$;
+                create event trigger gate on ddl_command_end when tag in ('CREATE TRIGGER')
+                  execute function public.wait_at_the_gate()""")
+            return
         row = self.observer.execute(
             "select pg_get_functiondef(oid) from pg_proc where pronamespace = 'level_sync'::regnamespace"
             " and proname = %s",
@@ -173,8 +195,7 @@ class Schedule:
         assert row, f"there is no function {function}"
         gated = re.sub(
             r"^begin$",
-            "begin\n  perform set_config('lock_timeout', '0', true), pg_advisory_xact_lock_shared(4711),"
-            " set_config('lock_timeout', '100', true);",
+            f"begin\n  perform {WAIT_AT_THE_GATE};",
             row[0],
             count=1,
             flags=re.MULTILINE,
@@ -182,13 +203,13 @@ class Schedule:
         assert gated != row[0], "the function has no begin of its own line"
         self.observer.execute(gated.encode())
 
-    def _expect(self, level_of_x: str, level_of_y: str, sides: str) -> None:
-        progress, license_ = (None if level is None else level for level in levels(self.observer, 1))
+    def _expect(self, user: int, level_of_x: str, level_of_y: str, sides: str) -> None:
+        progress, license_ = levels(self.observer, user)
         seen = {"progress": progress, "license": license_}
         expected = {SIDE[self.sides["X"]]: level_of_x, SIDE[self.sides["Y"]]: level_of_y}
         for side, level in expected.items():
             assert level == ("-" if seen[side] is None else str(seen[side])), f"the levels are {seen}"
-        waiting = [entry[2] for entry in queued(self.observer)]
+        waiting = [entry[2] for entry in queued(self.observer) if entry[0] == user]
         assert waiting == [SIDE[self.sides[side]] for side in sides.split()], f"queued: {queued(self.observer)}"
         # A queued pair is due at once for the next drain of the schedule.
         self.observer.execute(
@@ -196,42 +217,47 @@ class Schedule:
             " (select queue_id from level_sync.sync_queue for update skip locked)"
         )
 
-    def _blockers(self, name: str, *, anybody: bool) -> set[str]:
-        pid = self.sessions[name].info.backend_pid
+    def _blockers(self, name: str) -> set[str]:
+        """Who holds what the session waits for; a migrate opens sessions of its own."""
+        of_pid = {session.info.backend_pid: other for other, session in self.sessions.items()} | {0: "prepared"}
+        own_pid = self.sessions[name].info.backend_pid
         rows = self.observer.execute(
             "select unnest(pg_blocking_pids(pid)) from pg_stat_activity"
-            " where datname = current_database() and (%s or pid = %s)",
-            [anybody, pid],
+            " where datname = current_database() and backend_type = 'client backend'"
+            " and (pid = %s or %s and pid <> all (%s))",
+            [own_pid, name == self.migrating, list(of_pid)],
         ).fetchall()
-        of_pid = {session.info.backend_pid: other for other, session in self.sessions.items()}
-        return {of_pid.get(blocker, "a stranger") for (blocker,) in rows}
+        return {of_pid.get(blocker, self.migrating or "a stranger") for (blocker,) in rows}
 
-    def _await_blocked(self, name: str, by: str, *, anybody: bool) -> None:
+    def _await_blocked(self, name: str, by: str) -> None:
         deadline = time.monotonic() + PATIENCE
         while not self.running[name].done():
-            if blockers := self._blockers(name, anybody=anybody):
+            if blockers := self._blockers(name):
                 assert blockers == {by}, f"waits for {sorted(blockers)}"
                 return
             assert time.monotonic() < deadline, "never came to wait"
-            time.sleep(0.002)
+            time.sleep(LOOK_AGAIN)
         self._await_end(name, None)
         raise AssertionError("went through without waiting")
 
     def _await_unblocked_end(self, name: str, fails: str | None) -> None:
-        deadline = time.monotonic() + UNBLOCKED
+        deadline = time.monotonic() + PATIENCE
+        blocked_since = None
         while not self.running[name].done():
-            if time.monotonic() > deadline:
-                blockers = self._blockers(name, anybody=False)
-                assert not blockers, f"waits for {sorted(blockers)}"
-            assert time.monotonic() < deadline + PATIENCE, "did not end"
-            time.sleep(0.002)
+            seen_at = time.monotonic()
+            blockers = self._blockers(name)
+            blocked_since = (blocked_since or seen_at) if blockers else None
+            waited = seen_at - (blocked_since or seen_at)
+            assert waited < PASSING, f"waits for {sorted(blockers)}"
+            assert seen_at < deadline, "did not end"
+            time.sleep(LOOK_AGAIN)
         self._await_end(name, fails)
 
     def _await_end(self, name: str, fails: str | None) -> None:
         try:
             error = self.running[name].exception(timeout=PATIENCE)
         except concurrent.futures.TimeoutError:
-            raise AssertionError(f"did not end; it waits for {sorted(self._blockers(name, anybody=False))}") from None
+            raise AssertionError(f"did not end; it waits for {sorted(self._blockers(name))}") from None
         del self.running[name]
         sqlstate = error.sqlstate if isinstance(error, psycopg.Error) else error and repr(error)
         assert sqlstate == fails, f"ended with {error!r}, not with {fails}"

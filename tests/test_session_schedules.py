@@ -122,10 +122,11 @@ OPPOSITE_WRITES = {
         A: begin
         A: X 4
         A: prepare transaction 'later'
-        B: set lock_timeout = '200ms'
-        B: Y 5 | fails 55P03
+        = 3 3
+        B: Y 5 | waits for prepared
         A: commit prepared 'later'
-        = 4 4""",
+        B goes on
+        = 5 5""",
 }
 
 LOCK_WAIT = {
@@ -504,6 +505,67 @@ DELETES_AND_MOVES = {
         B goes on
         A: drain
         = 5 5""",
+    "each side deleted by another is refused to both": """
+        levels 3 3
+        A: begin
+        A: delete X
+        B: begin
+        B: delete Y
+        A: commit | fails 23001
+        B: commit | fails 23001
+        = 3 3""",
+    "each side deleted by another, propagated: both are gone": """
+        levels 3 3
+        with on_delete propagate
+        A: begin
+        A: delete X
+        B: begin
+        B: delete Y
+        A: commit
+        = - 3 queued X
+        B: commit
+        = - - queued X
+        A: drain
+        = - -""",
+    "each side deleted by another, propagated though the second gives up": """
+        levels 3 3
+        with on_delete propagate
+        A: begin
+        A: delete X
+        B: begin
+        B: delete Y
+        A: commit
+        D: drain
+        = - 3 queued X
+        B: rollback
+        D: drain
+        = - -""",
+    "each side deleted by another, recreated: nothing is left to do it from": """
+        levels 3 3
+        with on_delete recreate
+        A: begin
+        A: delete X
+        B: begin
+        B: delete Y
+        A: commit
+        = - 3 queued X
+        B: commit
+        = - - queued X
+        A: drain
+        = - -""",
+    "each side deleted by another, recreated where the second gives up": """
+        levels 3 3
+        with on_delete recreate
+        A: begin
+        A: delete X
+        B: begin
+        B: delete Y
+        A: commit
+        D: drain
+        = - 3 queued X
+        B: rollback
+        D: drain
+        = 3 3""",
     "a write of a pair that is moved away finds no row": """
         levels 3 3
         A: begin
@@ -521,6 +583,76 @@ DELETES_AND_MOVES = {
         A: commit | fails 23001
         B goes on
         = 5 5""",
+    "each side moved by another is refused to both": """
+        levels 3 3
+        A: begin
+        A: move X
+        B: begin
+        B: move Y
+        A: commit | fails 23001
+        B: commit | fails 23001
+        = 3 3
+        of user 2: = - -""",
+    "two moves in opposite order: who came second gives way": """
+        levels 3 3
+        A: set deadlock_timeout = '1min'
+        B: set deadlock_timeout = '100ms'
+        A: begin
+        A: move X
+        B: begin
+        B: move Y
+        A: move Y | waits for B
+        B: move X | waits for A, fails 40P01
+        B: rollback
+        A goes on
+        A: commit
+        = - -
+        of user 2: = 3 3""",
+    "an insert at the place a pair is moved to comes second": """
+        levels 3 3
+        A: begin
+        A: move X
+        A: move Y
+        B: insert X 5 of user 2 | waits for A
+        A: commit
+        B goes on | fails 23505
+        = - -
+        of user 2: = 3 3""",
+    "an insert at the place a pair is moved to was there first": """
+        levels 3 3
+        B: begin
+        B: insert X 5 of user 2
+        A: begin
+        A: move X | waits for B
+        B: commit
+        A goes on | fails 23505
+        A: rollback
+        = 3 3
+        of user 2: = 5 5""",
+    "an insert at the place a pair is moved to gives up": """
+        levels 3 3
+        B: begin
+        B: insert X 5 of user 2
+        A: begin
+        A: move Y | waits for B
+        B: rollback
+        A goes on
+        A: move X
+        A: commit
+        = - -
+        of user 2: = 3 3""",
+    "an insert of the other side while only one was moved": """
+        levels 3 3
+        with lock_wait 1 second
+        A: begin
+        A: move X
+        B: insert Y 5 of user 2 | waits for A, gives up
+        of user 2: = - 5 queued Y
+        A: move Y | fails 23505
+        A: rollback
+        A: drain
+        = 3 3
+        of user 2: = 5 5""",
 }
 
 ISOLATION = {
@@ -562,9 +694,78 @@ ISOLATION = {
         B goes on | fails 40001
         B: rollback
         = 4 4""",
+    "an old snapshot may not delete one side alone": """
+        levels 3 3
+        A: begin isolation level repeatable read
+        A: select from users
+        B: touch Y
+        A: delete X
+        A: commit | fails 23001
+        = 3 3""",
+    "nor propagate its delete to a row it does not know": """
+        levels 3 3
+        with on_delete propagate
+        A: begin isolation level repeatable read
+        A: select from users
+        B: touch Y
+        A: delete X
+        A: commit | fails 40001
+        = 3 3""",
+    "nor recreate a row from one it does not know": """
+        levels 3 3
+        with on_delete recreate
+        A: begin isolation level repeatable read
+        A: select from users
+        B: touch Y
+        A: delete X
+        A: commit | fails 40001
+        = 3 3""",
+    "nor delete what was deleted since": """
+        levels 3 3
+        A: begin isolation level repeatable read
+        A: select from users
+        B: begin
+        B: delete X
+        B: delete Y
+        B: commit
+        A: delete X | fails 40001
+        A: rollback
+        = - -""",
+    "nor write a level whose row a delete has taken along": """
+        levels 3 3
+        with on_delete propagate
+        A: begin isolation level repeatable read
+        A: select from users
+        B: delete X
+        = - -
+        A: Y 5 | fails 40001
+        A: rollback
+        = - -""",
+    "a write that waits for a propagated delete comes later and makes the row anew": """
+        levels 3 3
+        with on_delete propagate
+        A: begin isolation level repeatable read
+        A: delete X
+        B: Y 5 | waits for A
+        A: commit
+        B goes on
+        A: drain
+        = 5 5""",
+    "of two old snapshots that delete a side each the second is told to try again": """
+        levels 3 3
+        with on_delete propagate
+        A: begin isolation level repeatable read
+        A: delete X
+        B: begin isolation level repeatable read
+        B: delete Y
+        A: commit
+        B: commit | fails 40001
+        = - 3 queued X
+        A: drain
+        = - -""",
 }
 
-PLANS_UNDO_AND_MIGRATE = {
+PLANS_UNDO_MIGRATE_AND_CHECK = {
     "a plan leaves alone what was written since": """
         levels 3 3
         A: bypass Y 2
@@ -584,6 +785,85 @@ PLANS_UNDO_AND_MIGRATE = {
         = 3 2
         R: reconcile towards Y
         = 3 3""",
+    "a second run of a plan is skipped, and later finds it used up": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile towards Y dry_run => true
+        gate _carry_pairs_that_can
+        R: reconcile plan => 1 | waits for gate
+        S: reconcile plan => 1
+        run skipped
+        open
+        R goes on
+        = 3 3
+        S: reconcile plan => 1 | fails P0002""",
+    "a plan leaves alone what is being undone": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile towards Y dry_run => true
+        R: reconcile towards Y
+        U: begin
+        U: undo
+        R: reconcile plan => 1
+        run success 0 of 1
+        U: commit
+        = 3 2
+        R: reconcile towards Y
+        = 3 3""",
+    "a plan repairs what was undone right before its turn": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile towards Y dry_run => true
+        R: reconcile towards Y
+        gate _confirm_pairs
+        R: reconcile plan => 1 | waits for gate
+        U: select level_sync.undo(2)
+        = 3 2
+        open
+        R goes on
+        run success 1 of 1
+        = 3 3""",
+    "an undo beside an undo takes nothing twice": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile towards Y
+        U: begin
+        U: undo
+        V: undo
+        U: commit
+        = 3 2
+        V: undo
+        = 3 2
+        R: reconcile towards Y
+        = 3 3""",
+    "a reconcile does not see what is being undone": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile towards Y
+        U: begin
+        U: undo
+        R: reconcile towards Y
+        run success 0 of 0
+        U: commit
+        = 3 2
+        R: reconcile towards Y
+        run success 1 of 1
+        = 3 3""",
+    "an undo leaves alone what a drain carries": """
+        levels 3 3
+        A: bypass Y 2
+        R: reconcile towards Y
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        H: commit
+        = 4 3 queued X
+        gate _carry_pairs
+        D: drain | waits for gate
+        U: undo
+        open
+        D goes on
+        = 4 4""",
     "an undo leaves alone what is being written": """
         levels 3 3
         A: bypass Y 2
@@ -620,6 +900,34 @@ PLANS_UNDO_AND_MIGRATE = {
         A: commit
         M goes on
         = 4 4""",
+    "a writer that comes while a migrate waits for another goes on before that one ends": """
+        levels 3 3
+        A: insert X 3 of user 2
+        M: drop trigger progress_truncated on specialization_progress
+        A: begin
+        A: X 4
+        M: migrate | waits for A
+        B: X 6 of user 2 | ends
+        of user 2: = 6 6
+        A: commit
+        M goes on
+        = 4 4""",
+    "a writer that comes while a migrate makes its trigger waits and is carried": """
+        levels 3 3
+        M: drop trigger progress_truncated on specialization_progress
+        gate migrate
+        M: migrate | waits for gate
+        A: X 4 | waits for M
+        open
+        M goes on
+        A goes on
+        = 4 4""",
+    "a live check waits for nobody": """
+        levels 3 3
+        H: hold Y
+        V: select * from level_sync._check_live()
+        H: commit
+        = 3 3""",
 }
 
 SCHEDULES = {
@@ -632,7 +940,7 @@ SCHEDULES = {
         "insert": INSERTS,
         "delete and move": DELETES_AND_MOVES,
         "isolation": ISOLATION,
-        "plan, undo, migrate": PLANS_UNDO_AND_MIGRATE,
+        "plan, undo, migrate, check": PLANS_UNDO_MIGRATE_AND_CHECK,
     }.items()
     for name, schedule in schedules.items()
 }
