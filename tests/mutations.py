@@ -2,55 +2,101 @@
 
     python tests/mutations.py [--count 60] [--seed 1] [--only 7 --only 9]
 
-Each change is tried on a copy of the tree, against the embedded server, and what needs pg_cron against the system's
-(tests/install_server_packages). Survivors are printed with where they stand.
+First the fast part must pass on the SQL as it is. Then each change is tried on a copy of the tree, as many at once as
+there are processors, against the embedded server, and what needs pg_cron against the system's
+(tests/install_server_packages). Of every kind of change as many are tried as of any other, while there are any. One
+that does not even load is no try: another takes its place. A test counts as a killer only if it passes once more
+without the change. Why a survivor is let live stands in tests/surviving_mutations.toml; one without a reason is a
+failure.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import queue
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import psycopg
 import typer
 
+from conftest import start_server, temporary_directory
+from level_sync import install
+from level_sync.servers import dsn_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parent.parent
+REASONS = Path(__file__).with_name("surviving_mutations.toml")
 
 # In the order of how much they notice in how little time. What compares the two mirror files is left out: it would
 # notice a change of the text, not of what it does.
-FAST_PART = [
-    f"tests/test_{name}.py"
-    for name in (
-        "write_carries_the_level",
-        "deletes_and_moves",
-        "refused_levels",
-        "failing_target",
-        "armed_sets",
-        "functions",
-        "settings",
-        "reconcile",
-        "undo",
-        "maintain",
-        "health",
-        "found_failures",
-        "rights",
-        "model",
-        "adopt",
-        "session_schedules",
-        "two_reconciles",
-        "two_sessions",
-    )
-]
+FAST_PART = (
+    "write_carries_the_level",
+    "deletes_and_moves",
+    "model",
+    "armed_sets",
+    "failing_target",
+    "reconcile",
+    "undo",
+    "maintain",
+    "two_reconciles",
+    "settings",
+    "functions",
+    "refused_levels",
+    "partitions",
+    "row_level_security",
+    "session_schedules",
+    "health",
+    "rights",
+    "grant",
+    "adopt",
+    "schedule",
+    "found_failures",
+    "bulk",
+    "two_sessions",
+    "migrate",
+)
 # What needs pg_cron, but for the test that waits for real minutes.
-CRON_PART = [f"tests/test_{name}.py" for name in ("schedule", "health", "maintain")]
-PARTS = [["-k", "embedded", *FAST_PART], ["-k", "not embedded and not pg_cron_runs_the_job", *CRON_PART]]
+CRON_PART = ("schedule", "health", "maintain")
+# Who notices a change of a file first; the others come after them.
+FIRST = {
+    "05_installed_triggers.sql": ("migrate",),
+    "08_guarded_tables.sql": ("migrate", "rights"),
+    "10_level_rules.sql": ("refused_levels", "settings"),
+    "12_quarantine.sql": ("adopt", "migrate"),
+    "40_desync_issues.sql": ("reconcile",),
+    "45_sync_by_hand.sql": ("functions",),
+    "47_level_ups.sql": ("functions",),
+    "50_reconcile.sql": ("reconcile", "two_reconciles"),
+    "52_undo.sql": ("undo",),
+    "60_schedule.sql": ("maintain",),
+    "70_health.sql": ("health",),
+    "85_grants.sql": ("grant", "rights"),
+    "88_older_versions.sql": ("migrate",),
+    "90_rights.sql": ("rights", "grant"),
+}
+ABOUT_CRON = ("60_schedule.sql", "70_health.sql")
+
+SILENCE = 150  # seconds without a word from pytest after which a test hangs
+AT_LEAST_KILLED = 0.95
 
 CHANGES: dict[str, list[tuple[str, str]]] = {
     "a comparison turned": [
@@ -66,42 +112,93 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         (r"\bif found\b", "if not found"),
     ],
     "a WHEN dropped": [(r"\n *when \((?:[^;]*?)\)(?=\n *execute function)", "")],
-    "a lock removed": [(r"\n *for (?:no key )?update[^\n;)]*", "")],
+    "a lock removed": [
+        (r"\s+for (?:no key )?update\b[^\n;)]*", ""),
+        (r"\n *lock table [^;]*;", ""),
+        (r"pg_try_advisory(?:_xact)?_lock\(level_sync\._run_lock\(\)\)", "true"),
+        (r"\n *perform pg_advisory_unlock\([^;]*;", ""),
+    ],
+    "a lock that waits": [(r" (?:skip locked|nowait)\b", "")],
     "a greatest replaced": [(r"\bgreatest\(", "least("), (r"\bleast\(", "greatest(")],
-    "a COMMIT removed": [(r"\n *commit;", "")],
+    "a COMMIT removed": [(r"\n *commit;", ""), (r"\n *call level_sync\._begin_batch\([^;]*;", "")],
+    "a COMMIT moved": [
+        (r"\n( *)commit;\n(.*)", r"\n\2\n\1commit;"),
+        (r"\n( *)(call level_sync\._begin_batch\([^;]*;)\n(.*)", r"\n\3\n\1\2"),
+    ],
     "a side swapped": [(r"'progress'", "'license'"), (r"'license'", "'progress'")],
     "a direction swapped": [
         (r"'progress_to_license'", "'license_to_progress'"),
         (r"'license_to_progress'", "'progress_to_license'"),
     ],
-    "a handler emptied": [(r"\n      raise;", "\n      null;")],
+    "a handler emptied": [
+        # All that is indented below `exception when ... then`, or below a further `when ... then` of a handler.
+        (
+            r"\n( *)((?:exception )?when [\w ]*(?:others|_failure|_available|_table)[\w ]* then)\n(?:\1 .*\n)+",
+            r"\n\1\2\n\1  null;\n",
+        ),
+        (r"\n( *)raise;", r"\n\1null;"),
+        (r"\n( *)perform level_sync\._(?:enqueue|defer_pair)\([^;]*;", r"\n\1null;"),
+    ],
     "an order turned": [(r" desc\b", " asc")],
     "an off by one": [(r" \+ 1\b", " + 2"), (r" - 1\b", " - 2")],
     "a conjunction loosened": [(r"\n( *)and (?!.* between)", r"\n\1or ")],
 }
 
 
+# Its file, the function or trigger it is in, its lines before and after, and which of those that are equal so far.
+Identity = tuple[str, str, str, str, int]
+
+
 @dataclass(frozen=True)
 class Mutation:
-    """One change of one place."""
+    """One change of one place. It is known by what stands there, wherever the lines around it move to."""
 
     file: str
     start: int
     end: int
     replacement: str
     what: str
+    line: int
+    inside: str
+    was: str
+    becomes: str
+    which: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.what}, {self.file}:{self.line}"
 
     def applied_to(self, text: str) -> str:
         return text[: self.start] + self.replacement + text[self.end :]
 
-    def place(self) -> str:
-        line = (ROOT / "sql" / self.file).read_text().count("\n", 0, self.start + 1) + 1
-        return f"{self.file}:{line}"
+    def identity(self) -> Identity:
+        return self.file, self.inside, self.was, self.becomes, self.which
+
+
+def change_of(text: str, file: str, what: str, start: int, end: int, replacement: str) -> Mutation:
+    first = text.rfind("\n", 0, start) + 1
+    last = (text.find("\n", end - 1) + len(text)) % len(text)
+    changed = text[first:start] + replacement + text[end:last]
+    inside = re.findall(
+        r"(?m)^ *create (?:or replace (?:function|procedure|view) level_sync\.|(?:constraint )?trigger )(\w+)",
+        text[: start + 1],
+    )
+    return Mutation(
+        file,
+        start,
+        end,
+        replacement,
+        what,
+        text.count("\n", 0, start + 1) + 1,
+        inside[-1] if inside else "",
+        " ".join(text[first:last].split()),
+        " ".join(changed.split()),
+    )
 
 
 def mutations() -> list[Mutation]:
     """Every change that could be made, in the code itself: not in comments, messages and hints."""
     found = []
+    alike: Counter[Identity] = Counter()
     for file in sorted((ROOT / "sql").glob("*.sql")):
         text = file.read_text()
         prose = [
@@ -112,65 +209,234 @@ def mutations() -> list[Mutation]:
             for pattern, replacement in patterns:
                 for match in re.finditer(pattern, text):
                     if not any(start <= match.start() < end for start, end in prose):
-                        found.append(Mutation(file.name, *match.span(), match.expand(replacement), what))
+                        change = change_of(text, file.name, what, *match.span(), match.expand(replacement))
+                        alike[change.identity()] += 1
+                        found.append(replace(change, which=alike[change.identity()]))
     return found
 
 
-def killer_of(mutation: Mutation) -> str | None:
+def in_turn(everything: list[Mutation], seed: int) -> list[Mutation]:
+    """All of them in a random order in which no kind is more frequent than another that still has some."""
+    shuffled = random.Random(seed).sample(everything, len(everything))  # noqa: S311
+    kinds = [[mutation for mutation in shuffled if mutation.what == what] for what in CHANGES]
+    rounds = itertools.zip_longest(*kinds)
+    return [mutation for one_of_each in rounds for mutation in one_of_each if mutation]
+
+
+class Trees:
+    """Copies of the tree, one for each change that is tried at the same time."""
+
+    def __init__(self, directory: Path, count: int) -> None:
+        self.free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for number in range(count):
+            tree = directory / str(number)
+            for part in ("sql", "migrations", "python", "tests"):
+                shutil.copytree(ROOT / part, tree / part)
+            for part in ("pyproject.toml", "README.md"):
+                shutil.copy(ROOT / part, tree / part)
+            # Nobody reads the sequence that kills: it need not be made shorter, which takes longer than finding it.
+            model = tree / "tests" / "test_model.py"
+            model.write_text(re.sub(r", *Phase\.shrink\b", "", model.read_text()))
+            self.free.put(tree)
+
+    @contextmanager
+    def with_(self, mutation: Mutation | None) -> Iterator[Path]:
+        """A tree with the change in it, or without any."""
+        tree = self.free.get()
+        try:
+            if mutation is None:
+                yield tree
+            else:
+                file = tree / "sql" / mutation.file
+                whole = file.read_text()
+                file.write_text(mutation.applied_to(whole))
+                try:
+                    yield tree
+                finally:
+                    file.write_text(whole)
+        finally:
+            self.free.put(tree)
+
+
+def parts_for(file: str | None) -> list[list[str]]:
+    """pytest's arguments for each part of the tests, those first that know the file best."""
+    names = [*dict.fromkeys((*FIRST.get(file or "", ()), *FAST_PART))]
+    embedded = ["-k", "embedded", *(f"tests/test_{name}.py" for name in names)]
+    cron = ["-k", "not embedded and not pg_cron_runs_the_job", *(f"tests/test_{name}.py" for name in CRON_PART)]
+    return [cron, embedded] if file in ABOUT_CRON else [embedded, cron]
+
+
+def failures(tree: Path, arguments: list[str]) -> list[str]:
+    """The tests that fail, by their ids; a test that hangs is one of them. Without --maxfail no test is left out."""
+    command = [sys.executable, "-m", "pytest", "--verbose", "--tb=no", "-p", "no:cacheprovider", "--numprocesses=0"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree / "python"),
+        "PGOPTIONS": "-c statement_timeout=30s",  # a loop that no longer ends is noticed by then
+        "COLUMNS": "300",
+    }
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [*command, *arguments], cwd=tree, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        size, heard_at, hangs = 0, time.monotonic(), False
+        while process.poll() is None:
+            time.sleep(0.05)
+            if (now := os.fstat(output.fileno()).st_size) > size:
+                size, heard_at = now, time.monotonic()
+            elif time.monotonic() > heard_at + SILENCE:
+                hangs = True
+                process.send_signal(signal.SIGINT)  # pytest then stops the server
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+        output.seek(0)
+        text = output.read()
+    progress = text.split("short test summary info")[0]
+    failed = re.findall(r"(?m)^(tests/.+?) (?:FAILED|ERROR)", progress)
+    if hangs:
+        begun = re.findall(r"(?m)^(tests/\S+::.+?) ?(?:$|PASSED|FAILED|ERROR|SKIPPED)", progress)
+        failed += begun[-1:]
+    if not failed and process.returncode != 0:
+        raise RuntimeError(text)
+    return failed
+
+
+def killer_of(mutation: Mutation, trees: Trees, unreliable: set[str]) -> str | None:
     """The first test of the fast part that fails, None where none does."""
-    with tempfile.TemporaryDirectory() as name:
-        tree = Path(name)
-        for part in ("sql", "migrations", "python", "tests"):
-            shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
-        for part in ("pyproject.toml", "README.md"):
-            shutil.copy(ROOT / part, tree / part)
-        broken = tree / "sql" / mutation.file
-        broken.write_text(mutation.applied_to(broken.read_text()))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--numprocesses=2"]
-        # A loop that no longer ends is noticed by then.
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(tree / "python"),
-            "PGOPTIONS": "-c statement_timeout=60s",
-        }
-        for part in PARTS:
-            try:
-                done = subprocess.run(
-                    [*command, *part],
-                    cwd=tree,
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    timeout=400,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired:
-                return "it hangs"
-            if done.returncode != 0:
-                failed = re.search(r"(?m)^(?:FAILED|ERROR) tests/(\S+)", done.stdout)
-                if failed is None:
-                    raise RuntimeError(done.stdout + done.stderr)
-                return failed[1]
-        return None
+    with trees.with_(mutation) as tree:
+        for part in parts_for(mutation.file):
+            left_out = [argument for test in sorted(unreliable) for argument in ("--deselect", test)]
+            if failed := failures(tree, ["-x", *left_out, *part]):
+                return failed[0]
+    return None
+
+
+def does_load(tree: Path, dsn: str) -> bool:
+    """Whether the SQL of the tree can be loaded into a migrated database, which stays as it was."""
+    with psycopg.connect(dsn) as connection:
+        try:
+            connection.execute("set local search_path = pg_catalog, pg_temp")
+            for file in sorted((tree / "sql").glob("*.sql")):
+                connection.execute(file.read_bytes())
+        except psycopg.Error:
+            return False
+        finally:
+            connection.rollback()
+    return True
+
+
+def those_that_load(trees: Trees, candidates: list[Mutation], count: int) -> dict[int, Mutation]:
+    """The first of the candidates that load, by their numbers."""
+    chosen: dict[int, Mutation] = {}
+    with temporary_directory() as parent:
+        server = start_server("embedded", parent / "server")
+        try:
+            dsn = dsn_of(server, "postgres")
+            install.migrate(dsn)
+            for number, mutation in enumerate(candidates, start=1):
+                with trees.with_(mutation) as tree:
+                    if does_load(tree, dsn):
+                        chosen[number] = mutation
+                    else:
+                        print(f"{number:3}  {mutation}: does not load", flush=True)
+                if len(chosen) == count:
+                    break
+        finally:
+            server.stop()
+    return chosen
+
+
+def reasons() -> dict[Identity, str]:
+    """Why a change need not be noticed, by what it is."""
+    listed = tomllib.loads(REASONS.read_text()).get("survivor", [])
+    return {
+        (entry["file"], entry["inside"], entry["was"], entry["becomes"], entry["which"]): entry["why"]
+        for entry in listed
+    }
+
+
+def as_entry(mutation: Mutation) -> str:
+    """A survivor as it is written into surviving_mutations.toml."""
+    texts = {
+        "file": mutation.file,
+        "inside": mutation.inside,
+        "was": mutation.was,
+        "becomes": mutation.becomes,
+        "why": "",
+    }
+    return "\n".join(
+        ["[[survivor]]", *(f"{name} = '''{text}'''" for name, text in texts.items()), f"which = {mutation.which}"]
+    )
 
 
 def main(
     count: Annotated[int, typer.Option(help="How many changes to try.")] = 60,
     seed: Annotated[int, typer.Option(help="Which ones.")] = 1,
     only: Annotated[list[int] | None, typer.Option(help="Just the one of this number; may be repeated.")] = None,
+    at_once: Annotated[int, typer.Option(help="How many at the same time.")] = os.cpu_count() or 1,
 ) -> None:
+    """Tries changes and exits with 0 where the tests notice at least 95 % of them and each survivor has a reason."""
+    began_at = time.monotonic()
     everything = mutations()
-    chosen = random.Random(seed).sample(everything, count)  # noqa: S311
-    survivors = []
-    for number, mutation in enumerate(chosen, start=1):
-        if not only or number in only:
-            killer = killer_of(mutation)
-            verdict = f"killed by {killer}" if killer else "SURVIVED"
-            print(f"{number:3} of {count}  {mutation.what}, {mutation.place()}: {verdict}", flush=True)
-            survivors += [] if killer else [mutation]
-    tried = len(only) if only else count
-    print(f"{tried - len(survivors)} of {tried} killed; {len(everything)} changes are possible")
-    raise typer.Exit(len(survivors) > tried * 0.05)
+    let_live = reasons()
+    if unknown := set(let_live) - {mutation.identity() for mutation in everything}:
+        raise SystemExit(f"{REASONS.name} names what is no change any more: {unknown}")
+    with ExitStack() as stack:
+        trees = Trees(Path(stack.enter_context(tempfile.TemporaryDirectory())), at_once)
+        executor = stack.enter_context(ThreadPoolExecutor(at_once))
+
+        def without_change(part: list[str]) -> list[str]:
+            with trees.with_(None) as tree:
+                return failures(tree, part)
+
+        if failed := list(itertools.chain(*executor.map(without_change, parts_for(None)))):
+            raise SystemExit(f"These tests fail without any change: {failed}")
+        print(f"The tests pass without a change ({time.monotonic() - began_at:.0f} s)", flush=True)
+
+        chosen = those_that_load(trees, in_turn(everything, seed), max(only) if only else count)
+        pending = {number: mutation for number, mutation in chosen.items() if not only or number in only}
+        tried = len(pending)
+        killers: dict[int, str | None] = {}
+        unreliable: set[str] = set()
+
+        def tried_on(number: int, mutation: Mutation) -> tuple[int, str | None, float]:
+            tried_at = time.monotonic()
+            return number, killer_of(mutation, trees, unreliable), time.monotonic() - tried_at
+
+        while pending:
+            tries = [executor.submit(tried_on, number, mutation) for number, mutation in pending.items()]
+            for done, result in enumerate(as_completed(tries), start=1):
+                number, killer, seconds = result.result()
+                killers[number] = killer
+                verdict = f"killed by {killer.removeprefix('tests/')}" if killer else "SURVIVED"
+                progress = f"{done} of {len(tries)}, {time.monotonic() - began_at:.0f} s"
+                print(f"[{progress}] {number}, {seconds:.0f} s: {chosen[number]}: {verdict}", flush=True)
+            found = sorted({killer for killer in killers.values() if killer})
+            unproven = set(without_change(found)) if found else set()
+            for test in unproven:
+                print(f"{test} fails without a change as well: what it killed is tried without it", flush=True)
+            unreliable |= unproven
+            pending = {number: chosen[number] for number, killer in killers.items() if killer in unproven}
+
+    survivors = [chosen[number] for number, killer in killers.items() if not killer]
+    without_reason = [mutation for mutation in survivors if mutation.identity() not in let_live]
+    wrongly_let_live = [
+        chosen[number] for number, killer in killers.items() if killer and chosen[number].identity() in let_live
+    ]
+    for mutation in survivors:
+        print(f"Survived: {mutation}: {let_live.get(mutation.identity(), 'NO REASON IS GIVEN')}")
+    for mutation in wrongly_let_live:
+        print(f"{mutation}: is killed, though {REASONS.name} gives a reason why it is not")
+    for mutation in without_reason:
+        print(as_entry(mutation))
+    kinds = Counter(chosen[number].what for number in killers)
+    killed_kinds = Counter(chosen[number].what for number, killer in killers.items() if killer)
+    print("; ".join(f"{what}: {killed_kinds[what]} of {kinds[what]}" for what in kinds))
+    killed = tried - len(survivors)
+    print(f"{killed} of {tried} killed in {time.monotonic() - began_at:.0f} s; {len(everything)} changes are possible")
+    raise typer.Exit(bool(without_reason or wrongly_let_live or killed < AT_LEAST_KILLED * tried))
 
 
 if __name__ == "__main__":
