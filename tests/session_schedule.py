@@ -13,8 +13,9 @@
 A step without `waits for` must end while everybody else stands still, and never wait for a lock. `waits for A, gives
 up` must wait for A and then end by itself; `ends` may wait, but for something that ends while all sessions stand
 still. A schedule is about the sides X and Y, so that one text runs for both tables. `gate NAME` lets whoever calls the
-function level_sync.NAME wait there until `open`; who is waited for is then `gate`. `gate migrate` lets a migrate wait
-when it has made its first trigger and so holds the tables' locks. A prepared transaction is waited for as `prepared`.
+function level_sync.NAME wait there until `open`; who is waited for is then `gate`. `A passes once` lets A in, up to the
+next call of it, in another transaction. `gate migrate` lets a migrate wait when it has made its first trigger and so
+holds the tables' locks. A prepared transaction is waited for as `prepared`.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ class Schedule:
             self._gate(found[1])
         elif line == "open":
             self.sessions.pop("gate").close()
+        elif found := re.fullmatch(r"(\w+) passes once", line):
+            # Whoever waits is let in by the first of the two; the second waits for the end of that transaction.
+            self.sessions["gate"].execute("select pg_advisory_unlock(4711), pg_advisory_lock(4711)")
+            self._await_blocked(found[1], "gate")
         elif found := re.fullmatch(r"(?:of user (\d): )?= (\S+) (\S+)(?: queued (.+))?", line):
             self._expect(int(found[1] or 1), found[2], found[3], found[4] or "")
         elif found := re.fullmatch(r"run (\w+)(?: (\d+) of (\d+))?", line):
@@ -136,6 +141,8 @@ class Schedule:
             return f"set session_replication_role = replica; {deleted}; reset session_replication_role"
         if found := re.fullmatch(r"hold ([XY])", action):
             return f"begin; select from {self.sides[found[1]]} where {user[found[1]]} = 1 for update"
+        if found := re.fullmatch(r"hold all ([XY])", action):
+            return f"begin; select from {self.sides[found[1]]} for update"
         if found := re.fullmatch(r"touch ([XY])", action):
             touched = {"progress": "last_activity", "license": "last_advanced_at"}[SIDE[self.sides[found[1]]]]
             return f"update {self.sides[found[1]]} set {touched} = clock_timestamp() where {user[found[1]]} = 1"
@@ -168,6 +175,8 @@ class Schedule:
         return {
             "drain": "call level_sync.drain_queue()",
             "maintain": "call level_sync.maintain()",
+            "purge": "call level_sync.purge()",
+            "make the log old": "update level_sync.sync_log set job_start = job_start - interval '1 year'",
             "undo": "select level_sync.undo(max(run_id)) from level_sync.sync_log",
         }.get(action, action)
 

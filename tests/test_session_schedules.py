@@ -398,6 +398,74 @@ DRAIN = {
         open
         D goes on
         = 4 4""",
+    "each batch stands before the next": """
+        levels 3 3
+        A: insert X 3 of user 2
+        with batch_size 1
+        with lock_wait 0
+        H: hold all Y
+        A: X 4
+        A: X 4 of user 2
+        H: commit
+        = 4 3 queued X
+        of user 2: = 4 3 queued X
+        gate _carry_pairs
+        D: drain | waits for gate
+        D passes once
+        = 4 4
+        of user 2: = 4 3 queued X
+        open
+        D goes on
+        of user 2: = 4 4""",
+    "each batch of a maintenance stands before the next": """
+        levels 3 3
+        A: insert X 3 of user 2
+        A: reconcile
+        with batch_size 1
+        with lock_wait 0
+        H: hold all Y
+        A: X 4
+        A: X 4 of user 2
+        H: commit
+        = 4 3 queued X
+        of user 2: = 4 3 queued X
+        gate _carry_pairs
+        M: maintain | waits for gate
+        M passes once
+        = 4 4
+        of user 2: = 4 3 queued X
+        open
+        M goes on
+        of user 2: = 4 4""",
+    "a session whose snapshots are old by default sees what came while it waited": """
+        levels 3 3
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        = 4 3 queued X
+        H: commit
+        D: set default_transaction_isolation = 'repeatable read'
+        gate _lock_free_pairs
+        D: drain | waits for gate
+        A: X 5
+        open
+        D goes on
+        = 5 5""",
+    "and so does its maintenance": """
+        levels 3 3
+        A: reconcile
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        = 4 3 queued X
+        H: commit
+        D: set default_transaction_isolation = 'repeatable read'
+        gate _lock_free_pairs
+        D: maintain | waits for gate
+        A: X 5
+        open
+        D goes on
+        = 5 5""",
     "a delete of both sides waits for it and leaves nothing": """
         levels 3 3
         with lock_wait 0
@@ -415,6 +483,60 @@ DRAIN = {
         B: delete X
         B: commit
         = - -""",
+}
+
+PURGE = {
+    "each batch stands before the next": """
+        levels 3 3
+        A: reconcile
+        A: reconcile
+        A: make the log old
+        with batch_size 1
+        gate _purge_batch
+        P: purge | waits for gate
+        P passes once
+        P passes once
+        open
+        P goes on
+        = 3 3""",
+    "each batch of a maintenance stands before the next": """
+        levels 3 3
+        A: reconcile
+        A: reconcile
+        A: make the log old
+        A: reconcile
+        with batch_size 1
+        gate _purge_batch
+        M: maintain | waits for gate
+        M passes once
+        M passes once
+        open
+        M goes on
+        = 3 3""",
+    "what a maintenance has drained stands before it purges": """
+        levels 3 3
+        A: reconcile
+        with lock_wait 0
+        H: hold Y
+        A: X 4
+        = 4 3 queued X
+        H: commit
+        gate _purge_batch
+        M: maintain | waits for gate
+        = 4 4
+        open
+        M goes on""",
+    "a session whose snapshots are old by default sees what was purged while it waited": """
+        levels 3 3
+        A: reconcile
+        A: make the log old
+        P: set default_transaction_isolation = 'repeatable read'
+        gate _purge_batch
+        P: purge | waits for gate
+        A: delete from level_sync.sync_log
+        open
+        P goes on
+        = 3 3""",
 }
 
 INSERTS = {
@@ -937,6 +1059,7 @@ SCHEDULES = {
         "lock_wait": LOCK_WAIT,
         "reconcile": RECONCILE,
         "drain": DRAIN,
+        "purge": PURGE,
         "insert": INSERTS,
         "delete and move": DELETES_AND_MOVES,
         "isolation": ISOLATION,
