@@ -578,6 +578,15 @@ INSERTS = {
         = 6 6 queued X
         B: drain
         = 6 6""",
+    "a row that is there and held is not waited for": """
+        levels 3 3
+        A: bypass delete X
+        H: hold Y
+        A: insert X 7
+        = 7 3 queued X
+        H: commit
+        A: drain
+        = 7 7""",
     "after a delete of the pair that was waited for": """
         levels 3 3
         A: begin
@@ -1044,6 +1053,24 @@ PLANS_UNDO_MIGRATE_AND_CHECK = {
         M goes on
         A goes on
         = 4 4""",
+    "a migrate that makes a trigger holds both tables": """
+        levels 3 3
+        M: drop trigger progress_truncated on specialization_progress
+        gate migrate
+        M: migrate | waits for gate
+        A: touch X | waits for M
+        open
+        M goes on
+        A goes on""",
+    "a migrate that makes a trigger anew holds both tables": """
+        levels 3 3
+        M: alter table specialization_progress disable trigger progress_truncated
+        gate migrate
+        M: migrate | waits for gate
+        A: touch X | waits for M
+        open
+        M goes on
+        A goes on""",
     "a live check waits for nobody": """
         levels 3 3
         H: hold Y
