@@ -8,6 +8,7 @@
     A: commit
     B goes on               must now end; `B goes on | fails 40001` where that is to happen
     = 5 5                   what others see now; a pair that waits is told with it: `= 4 3 queued X`
+    because 55P03           the error that every queued pair waits with
     of user 2: = 5 5        the same of the other user, who has no row before the first step
 
 A step without `waits for` must end while everybody else stands still, and never wait for a lock. `waits for A, gives
@@ -93,6 +94,8 @@ class Schedule:
             self._await_blocked(found[1], "gate")
         elif found := re.fullmatch(r"(?:of user (\d): )?= (\S+) (\S+)(?: queued (.+))?", line):
             self._expect(int(found[1] or 1), found[2], found[3], found[4] or "")
+        elif found := re.fullmatch(r"because (\w+)", line):
+            assert {entry[4] for entry in queued(self.observer)} == {found[1]}, f"queued: {queued(self.observer)}"
         elif found := re.fullmatch(r"run (\w+)(?: (\d+) of (\d+))?", line):
             run = last_run(self.observer)
             assert run["status"] == found[1], run

@@ -584,6 +584,7 @@ INSERTS = {
         H: hold Y
         A: insert X 7
         = 7 3 queued X
+        because 55P03
         H: commit
         A: drain
         = 7 7""",
