@@ -53,9 +53,9 @@ declare
   specialization record;
   before         record;
   license_before integer;
-  xp_total       bigint;
-  session_total  integer;
-  project_total  integer;
+  xp_total       numeric;
+  session_total  numeric;
+  project_total  numeric;
   new_level      integer;
   written_at     public.specialization_progress.last_activity%type;
 begin
@@ -99,9 +99,15 @@ begin
      and progress.specialization_id = update_progress.specialization_id
      for no key update;
 
-  xp_total       := coalesce(before.total_xp, 0) + xp_gained;
-  session_total  := coalesce(before.completed_sessions, 0) + sessions_completed;
-  project_total  := coalesce(before.completed_projects, 0) + projects_completed;
+  xp_total       := coalesce(before.total_xp, 0)::numeric + xp_gained;
+  session_total  := coalesce(before.completed_sessions, 0)::numeric + sessions_completed;
+  project_total  := coalesce(before.completed_projects, 0)::numeric + projects_completed;
+  if xp_total > 9223372036854775807 or session_total > 2147483647 or project_total > 2147483647 then
+    raise numeric_value_out_of_range using
+      message = format('student %s in %s would have a total beyond what its column holds: XP %s, sessions %s, projects %s',
+                       student_id, specialization_id, xp_total, session_total, project_total),
+      hint    = 'xp_gained, sessions_completed and projects_completed are added to what the student has.';
+  end if;
   if xp_total < 0 or session_total < 0 or project_total < 0 then
     raise check_violation using
       message = format('student %s in %s would have a total below zero: XP %s, sessions %s, projects %s',

@@ -24,7 +24,7 @@ begin
   end if;
   if not exists (select from pg_roles where pg_roles.rolname = role_name) then
     raise undefined_object using
-      message = format('there is no role %I', role_name),
+      message = format('there is no role %L', role_name),
       hint    = 'create role ... first.';
   end if;
   select array_agg(wanted.name)
@@ -65,6 +65,9 @@ create or replace function level_sync._revoke_from(role_name name)
   set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if not exists (select from pg_roles where pg_roles.rolname = role_name) then
+    raise undefined_object using message = format('there is no role %L', role_name);
+  end if;
   execute format('revoke all on all tables in schema level_sync from %I', role_name);
   execute format('revoke all on all routines in schema level_sync from %I', role_name);
   execute format('revoke all on schema level_sync from %I', role_name);

@@ -167,8 +167,6 @@ def is_clear(refusal: Any, function: str, names: list[str], values: list[Any]) -
     """Whether a refusal tells which argument, or repeats a value that was given, or quotes a part of one."""
     if isinstance(refusal, psycopg.errors.UndefinedFunction):
         return f"level_sync.{function}(" in str(refusal)
-    if isinstance(refusal, psycopg.errors.NumericValueOutOfRange) and function == "update_progress":
-        return True  # a total that overflows is PostgreSQL's own "integer out of range"
     message = refusal if isinstance(refusal, str) else f"{refusal.diag.message_primary} {refusal.diag.message_detail}"
     spelled, given_texts = unquoted(message), [as_text(value) for value in values]
     words = [word for word in (*names, *given_texts) if word.strip()]
@@ -483,6 +481,12 @@ OFFLINE = {"exporter", "dashboard", "watch"}  # they start without a database, a
 def run_with_dsn(command: str, dsn: str) -> Done:
     needed = {**NEEDED, "watch": ["--exec", "true"]}.get(command, [])
     return run(command, *needed, "--dsn", dsn, env={"PGHOST": "/nonexistent", "PGCONNECT_TIMEOUT": "5"})
+
+
+def test_a_host_name_that_is_too_long_is_no_traceback():
+    done = run_with_dsn("check", f"postgresql://u@{'x' * 64}/academy")
+    assert done.exit_code == 32
+    assert "host's name" in done.stderr
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - OFFLINE - {"demo"}))

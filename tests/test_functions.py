@@ -97,6 +97,16 @@ def everything(db: psycopg.Connection[Any]) -> list[Any]:
 # update_progress
 
 
+def test_a_total_that_no_column_holds_is_refused_with_the_total(db):
+    add_pair(db, 1, level=1)
+    update_progress(db, 1, xp=1, sessions=1, projects=1)
+    for beyond in ({"xp": 2**63 - 1}, {"sessions": 2**31 - 1}, {"projects": 2**31 - 1}):
+        with pytest.raises(
+            psycopg.errors.NumericValueOutOfRange, match=f"student 1 .* {2**63 if 'xp' in beyond else 2**31}"
+        ):
+            update_progress(db, 1, **beyond)
+
+
 def test_several_level_ups_come_at_once_where_xp_and_sessions_reach_that_far(db):
     add_pair(db, 1, level=1)
     answer = update_progress(db, 1, xp=5200, sessions=30, projects=2)

@@ -176,9 +176,12 @@ def test_migrate_renews_what_was_granted(database, db, role, rights):
 def test_bad_arguments_are_told_apart(database, db, role):
     unknown = run(database, "grant", "nobody; drop schema level_sync", "--as", "reader")
     assert unknown.exit_code == 1
-    assert 'there is no role "nobody; drop schema level_sync"' in unknown.stderr
+    assert "there is no role 'nobody; drop schema level_sync'" in unknown.stderr
     assert run(database, "grant", role, "--as", "owner").exit_code == 2
     assert run(database, "grant", role).exit_code == 2
-    assert run(database, "revoke", "nobody").exit_code == 1
+    for nobody in ("nobody", ""):
+        revoked = run(database, "revoke", nobody)
+        assert (revoked.exit_code, f"there is no role '{nobody}'" in revoked.stderr) == (1, True)
+    assert "there is no role ''" in run(database, "grant", "", "--as", "reader").stderr
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="'owner' is neither reader nor operator"):
         db.execute("select level_sync._grant_to(%s, 'owner')", [role])

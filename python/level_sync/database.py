@@ -45,4 +45,7 @@ def connect(dsn: str, database: str | None = None, **options: Any) -> psycopg.Co
     if database is not None:
         options["dbname"] = database
     arguments = read_dsn(dsn) | {"application_name": "level-sync"} | options
-    return psycopg.connect(autocommit=True, row_factory=dict_row, **arguments)
+    try:
+        return psycopg.connect(autocommit=True, row_factory=dict_row, **arguments)
+    except UnicodeError as error:  # a label of the host's name that is empty or longer than 63 characters
+        raise psycopg.OperationalError(f"the host's name cannot be looked up: {error}") from None
