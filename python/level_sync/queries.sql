@@ -139,6 +139,13 @@ select run_id, status, dry_run, direction, started_by, job_start, duration_secon
  order by run_id desc
  limit :row_limit
 
+-- name: newest_end()$
+-- When a run that may have changed a pair has last ended.
+select max(job_end)
+  from level_sync.sync_log
+ where not dry_run
+   and status <> 'skipped'
+
 -- name: runs_since(since, row_limit)
 -- The newest of them, oldest first.
 select run_id, status, job_start, duration_seconds, issues_found, synced_count, failed_count
@@ -151,17 +158,17 @@ select run_id, status, job_start, duration_seconds, issues_found, synced_count, 
      limit :row_limit) as newest
  order by run_id
 
--- name: runs_before(before, row_limit)
+-- name: runs_before(before, row_limit, text_limit)
 select run_id, status, dry_run, direction, started_by, job_start, duration_seconds, issues_found, synced_count,
-       failed_count, error
+       failed_count, left(error, :text_limit) as error
   from level_sync.sync_log
  where (:before::bigint is null or run_id < :before)
  order by run_id desc
  limit :row_limit
 
--- name: run(run_id)^
+-- name: run(run_id, text_limit)^
 select run_id, status, dry_run, direction, started_by, job_start, job_end, duration_seconds, issues_found, synced_count,
-       failed_count, error, (results ->> 'plan')::bigint as plan
+       failed_count, left(error, :text_limit) as error, (results ->> 'plan')::bigint as plan
   from level_sync.sync_log
  where run_id = :run_id
 
@@ -186,9 +193,9 @@ select event.event_id, event.user_id, event.specialization, event.action, event.
  order by event.event_id
  limit :row_limit
 
--- name: queue_after(after, row_limit)
-select queue_id, queued_at, user_id, specialization, side, sqlstate, message, attempts, next_attempt_at, dead_at, actor,
-       reason
+-- name: queue_after(after, row_limit, text_limit)
+select queue_id, queued_at, user_id, specialization, side, sqlstate, left(message, :text_limit) as message, attempts,
+       next_attempt_at, dead_at, next_attempt_at <= clock_timestamp() as is_due, actor, reason
   from level_sync.sync_queue
  where :after::bigint is null or queue_id > :after
  order by queue_id

@@ -68,6 +68,7 @@ class Reader:
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
         self.last_scan: Scan | None = None
+        self.scan_error: str | None = None  # why the latest attempt has found nothing out
         self.is_connected = threading.Lock()
 
     @contextmanager
@@ -85,8 +86,10 @@ class Reader:
                     desyncs = list(queries.count_desyncs(connection))
                     checks = verification.checks_of(connection, self.dsn)
             except psycopg.Error as error:
-                log.warning("no scan of all pairs: %s", str(error).strip())
+                self.scan_error = str(error).strip()
+                log.warning("no scan of all pairs: %s", self.scan_error)
                 return False
+            self.scan_error = None
             self.last_scan = Scan(began, time.time() - began, desyncs, checks)
             return True
 

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-WIDTH, BARS, DURATIONS = 960, 140, 60  # of the picture, of what was found, and of how long it took
-BAR = 5
+WIDTH, TOP, BARS, DURATIONS = 960, 22, 140, 50  # of the picture, of the marks, of what was found, of how long it took
+LINE = TOP + BARS
+THINNEST, THICKEST = 2, 8
+MARKS = {"failed": "×", "aborted": "×", "partial": "!", "needs_approval": "?", "running": "…", "skipped": "–"}  # noqa: RUF001
+STEPS = [timedelta(hours=1), timedelta(hours=6), timedelta(days=1), timedelta(days=7)]
+MOST_LABELS = 7
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,25 @@ class Bar:
     failed: float
     duration: float
 
+    @property
+    def mark(self) -> str:
+        """What is written above a run that is not simply a success."""
+        return MARKS.get(self.run["status"], "")
+
 
 @dataclass(frozen=True)
 class Chart:
     bars: list[Bar]
-    days: list[tuple[float, str]]
+    thickness: float
+    times: list[tuple[float, str]]
     most_found: int
     longest: float
+
+    @property
+    def marks(self) -> list[tuple[str, str]]:
+        """Each status that the picture marks, with its mark."""
+        seen = {bar.run["status"] for bar in self.bars}
+        return [(status, mark) for status, mark in MARKS.items() if status in seen]
 
 
 def chart_of(runs: list[dict[str, Any]], since: datetime, until: datetime) -> Chart:
@@ -36,9 +52,10 @@ def chart_of(runs: list[dict[str, Any]], since: datetime, until: datetime) -> Ch
     most_found = max([run["issues_found"] or 0 for run in runs], default=0)
     longest = max([float(run["duration_seconds"] or 0) for run in runs], default=0)
     span = (until - since).total_seconds()
+    thickness = round(min(max(WIDTH / max(len(runs), 1) * 0.7, THINNEST), THICKEST), 1)
 
     def x(moment: datetime) -> float:
-        return round((moment - since).total_seconds() / span * (WIDTH - 2 * BAR), 1)
+        return round((moment - since).total_seconds() / span * (WIDTH - thickness), 1)
 
     def height(value: float | None, most: float, room: int) -> float:
         return round(math.log1p(value) / math.log1p(most) * room, 1) if most and value else 0
@@ -54,6 +71,18 @@ def chart_of(runs: list[dict[str, Any]], since: datetime, until: datetime) -> Ch
         )
         for run in runs
     ]
-    midnight = since.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
-    days = [(x(midnight + timedelta(days=day)), f"{midnight + timedelta(days=day):%d %b}") for day in range(0, 28, 7)]
-    return Chart(bars, days, most_found, longest)
+    return Chart(bars, thickness, [(x(at), label) for at, label in times_of(since, until)], most_found, longest)
+
+
+def times_of(since: datetime, until: datetime) -> list[tuple[datetime, str]]:
+    """What stands below the picture: a few days, or hours where it is short."""
+    step = next((step for step in STEPS if (until - since) / step <= MOST_LABELS), STEPS[-1])
+    at = since.replace(hour=0, minute=0, second=0, microsecond=0)
+    while at < since:
+        at += min(step, timedelta(days=1))
+    times = []
+    # The last one would be cut off where it stands at the edge.
+    while at < until - step / 3:
+        times.append((at, f"{at:%d %b}" if step >= timedelta(days=1) else f"{at:%H:%M}"))
+        at += step
+    return times
