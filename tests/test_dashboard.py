@@ -25,10 +25,12 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, set_level, wait_until
 from command_line import run
 from conftest import dsn_of, free_port
-from level_sync import dashboard, scan, schedule
+from level_sync import dashboard, metrics, scan, schedule
+from level_sync.dashboard.runbook import section_of
 from level_sync.dashboard.scanning import Scanning
 from level_sync.scan import Reader
 from level_sync.servers import has_extension
+from level_sync.verify import BITS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATHS = ["/", "/runs", "/runs/1", "/queue", "/users", "/users?id=1"]
@@ -44,10 +46,10 @@ needs_chromium = pytest.mark.skipif(
 
 
 @contextmanager
-def shown(dsn: str, token: str | None = None) -> Iterator[tuple[str, Scanning]]:
+def shown(dsn: str, token: str | None = None, port: int | None = None) -> Iterator[tuple[str, Scanning]]:
     """The dashboard at work: its address and its scanning. Scans are made by the test."""
     scanning = Scanning(Reader(dsn), 300)
-    port = free_port()
+    port = port or free_port()
     configuration = uvicorn.Config(dashboard.application(scanning, token), port=port, log_level="warning")
     server = uvicorn.Server(configuration)
     thread = threading.Thread(target=server.run)
@@ -137,21 +139,106 @@ def troubled_academy(db) -> None:
 
 @needs_chromium
 @pytest.mark.servers("system")
-def test_where_all_is_well_it_says_so(database, db, page):
+def test_only_where_all_is_well_and_known_it_says_so(database, db, page):
     if database.server.name != "system" or not has_extension(database.server.binaries, "pg_cron"):
         pytest.skip("without pg_cron the schedule is never good")
     add_pair(db, 1)
     schedule.schedule(database.dsn, None)
+    verdict = page.get_by_role("heading", level=1)
     try:
         db.execute("call level_sync.reconcile()")
         with shown(database.dsn) as (address, scanning):
-            scanning.scan()
             page.goto(address)
-            expect(page.get_by_role("heading", level=1)).to_have_text("Everything is in step")
+            expect(verdict).to_have_text("1 check could not be made")
+            expect(page.locator("#check-scan")).to_contain_text("All pairs have not been looked at yet")
+            scanning.scan()
+            look_again(page)
+            expect(verdict).to_have_text("Everything is in step")
             expect(page.locator(".todo")).to_have_count(0)
             expect(page.get_by_text("None: every pair has one level.")).to_be_visible()
+            assert page.title() == "0 to do · level_sync"
+            scanning.reader.last_scan.at -= 2 * scanning.interval + 60
+            look_again(page)
+            expect(verdict).to_have_text("1 check could not be made")
+            expect(page.locator("#check-scan")).to_contain_text("Runbook: LevelSyncScanStale")
+            expect(page.get_by_text("every pair has one level")).to_have_count(0)
+            assert page.title() == "1 to do · level_sync"
     finally:
         schedule.unschedule(database.dsn)
+
+
+def test_a_scan_that_was_not_possible_is_said_with_its_reason(database, db, site):
+    address, scanning = site
+    blocker = database.connect(autocommit=False)
+    blocker.execute(f"lock table {LICENSE} in access exclusive mode")
+    assert not scanning.scan()
+    blocker.rollback()
+    text = get(address)[1]
+    assert "Not all pairs could be looked at since the dashboard was started: canceling statement due to lock" in text
+    assert scanning.scan()
+    assert "could be looked at" not in get(address)[1]
+    blocker.execute(f"lock table {LICENSE} in access exclusive mode")
+    assert not scanning.scan()
+    blocker.rollback()
+    text = get(address)[1]
+    assert "The latest attempt failed: canceling statement due to lock timeout" in text
+    assert "check-scan" not in text  # the one before is young enough to be believed
+    scanning.reader.last_scan.at -= 2 * scanning.interval + 60
+    assert "Not all pairs could be looked at for a long time: canceling statement due to lock" in get(address)[1]
+
+
+def test_a_scan_that_failed_is_tried_again_soon(database, db, monkeypatch):
+    monkeypatch.setattr("level_sync.dashboard.scanning.SOON", 0.2)
+    monkeypatch.setattr("level_sync.dashboard.scanning.REST", 0)
+    scanning = Scanning(Reader(database.dsn), 3600)
+    blocker = database.connect(autocommit=False)
+    blocker.execute(f"lock table {LICENSE} in access exclusive mode")
+    with scanning.at_work():
+        wait_until(lambda: scanning.reader.scan_error)
+        blocker.rollback()
+        wait_until(lambda: scanning.reader.last_scan)
+        assert scanning.reader.scan_error is None
+
+
+def test_what_has_been_mended_is_looked_at_before_the_next_scan_is_due(db, site, monkeypatch):
+    address, scanning = site
+
+    def is_wanted() -> bool:
+        assert get(address)[0] == 200
+        return scanning.is_wanted
+
+    add_pairs(db, 2, level=2)
+    assert scanning.scan()
+    assert not is_wanted()
+    with bypass(db):
+        set_level(db, PROGRESS, 1, 5)
+    db.execute("call level_sync.reconcile(dry_run => true)")
+    assert not is_wanted()
+    db.execute("call level_sync.reconcile()")
+    assert is_wanted()
+    assert scanning.scan()
+    assert not is_wanted()
+
+    with bypass(db):
+        set_level(db, PROGRESS, 1, 4)
+    assert scanning.scan()
+    assert not is_wanted()
+    monkeypatch.setattr("level_sync.dashboard.scanning.SOON", 0)
+    monkeypatch.setattr("level_sync.dashboard.scanning.REST", 0)
+    assert is_wanted()
+    db.execute("select level_sync.sync_user(1, 'progress_to_license')")
+    assert scanning.scan()
+    assert not is_wanted()
+
+
+def test_a_scan_that_is_wanted_is_made(database, db):
+    scanning = Scanning(Reader(database.dsn), 3600)
+    with scanning.at_work():
+        wait_until(lambda: scanning.reader.last_scan)
+        at = scanning.reader.last_scan.at
+        db.execute("call level_sync.reconcile()")
+        scanning.somebody_looks(db.execute("select max(job_end) from level_sync.sync_log").fetchone()[0])
+        wait_until(lambda: scanning.reader.last_scan.at > at)
 
 
 @needs_chromium
@@ -164,6 +251,7 @@ def test_what_is_wrong_stands_first_with_what_to_do(db, site, page):
     triggers = page.locator(".todo > li", has_text="triggers")
     expect(triggers).to_contain_text("license_level_changed on public.user_licenses is disabled")
     expect(triggers).to_contain_text("What to do: Run level-sync migrate")
+    expect(triggers).to_contain_text("Runbook: LevelSyncTriggersOrFunctionsChanged")
     expect(page.get_by_role("table", name="Pairs out of step")).to_contain_text("level_mismatchPLAYER2")
     assert page.title() == f"{page.locator('.todo > li').count()} to do · level_sync"
 
@@ -178,10 +266,59 @@ def test_the_runs_of_the_last_weeks_are_a_picture_that_leads_to_each_of_them(db,
     assert "28 runs; the most found at once is 8" in page.locator("svg > desc").text_content()
     heights = [float(bar.get_attribute("height")) for bar in page.locator("svg rect.found").all()]
     assert max(heights) == 140
-    assert len(heights) == 25  # three have found nothing
+    assert len(heights) == 24  # four have found nothing
     page.locator("svg a").nth(1).click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("Run 2")
     expect(page.get_by_role("table", name="What it has done")).to_contain_text("progress_to_license")
+
+
+@needs_chromium
+def test_a_run_that_failed_is_seen_in_the_picture_whatever_it_found(db, site, page):
+    troubled_academy(db)
+    db.execute(
+        "insert into level_sync.sync_log (status, started_by, job_start, job_end, error)"
+        " select status, 'cron', now() - days * interval '1 day', now() - days * interval '1 day', 'why'"
+        " from (values ('failed', 20.5), ('needs_approval', 10.5)) as run (status, days)"
+    )
+    page.goto(site[0])
+    for status, mark in (("failed", "×"), ("needs_approval", "?")):  # noqa: RUF001
+        assert page.locator(f"svg text.mark.{status}").text_content() == mark
+        expect(page.locator(".legend")).to_contain_text(f"{mark} {status.replace('_', ' ')}")
+        column = page.locator(f"svg rect.hit.{status}")
+        assert float(column.evaluate("bar => getComputedStyle(bar).fillOpacity")) > 0.1
+        assert column.bounding_box()["height"] > 150
+    assert page.locator("svg rect.hit.success").count() == 0
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_text_of_the_picture_stands_in_a_bar_or_is_cut_off(db, browser, site, width):
+    troubled_academy(db)
+    db.execute(
+        "insert into level_sync.sync_log (status, started_by, job_start, job_end)"
+        " values ('failed', 'cron', now(), now())"
+    )
+    context = browser.new_context(viewport={"width": width, "height": 844})
+    page = context.new_page()
+    page.goto(site[0])
+    collisions = page.evaluate(
+        """() => {
+          const boxes = [...document.querySelectorAll('svg text')].map(text => [text.textContent, text.getBBox()]);
+          const bars = [...document.querySelectorAll('svg rect:not(.hit)')].map(bar => bar.getBBox());
+          const overlap = (a, b, side, size) => a[side] < b[side] + b[size] && b[side] < a[side] + a[size];
+          const meet = (a, b) => b.height && overlap(a, b, 'x', 'width') && overlap(a, b, 'y', 'height');
+          const [, , wide, high] = document.querySelector('svg').getAttribute('viewBox').split(' ').map(Number);
+          const cut = b => b.x < -4 || b.y < -2 || b.x + b.width > wide + 4 || b.y + b.height > high;
+          return boxes.filter(([, box]) => cut(box) || bars.some(bar => meet(box, bar))).map(([text]) => text);
+        }"""
+    )
+    assert collisions == []
+    newest = page.locator("svg rect.found").last.bounding_box()
+    assert newest["width"] >= 5
+    assert newest["x"] >= 0
+    assert newest["x"] + newest["width"] <= width
+    assert page.locator("svg").bounding_box()["height"] >= 200
+    context.close()
 
 
 @needs_chromium
@@ -282,6 +419,41 @@ def test_it_updates_itself_and_keeps_what_the_reader_has_opened(db, site, page):
 
 
 @needs_chromium
+def test_it_looks_again_every_ten_seconds(db, site, page):
+    page.clock.install()
+    page.goto(site[0])
+    expect(page.locator("#check-triggers")).to_have_count(0)
+    db.execute(f"alter table {LICENSE} disable trigger license_level_changed")
+    for _ in range(2):
+        with page.expect_response(lambda response: response.request.resource_type == "fetch"):
+            page.clock.run_for(10_000)
+    expect(page.locator("#check-triggers")).to_have_count(1)
+
+
+@needs_chromium
+def test_what_the_reader_has_opened_stays_open_where_rows_before_it_come_and_go(db, site, page):
+    db.execute(
+        "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)"
+        " select n, 'PLAYER', 'progress', 'level_changed', '55000', n || repeat(' long', 100)"
+        " from generate_series(1, 4) as n"
+    )
+    page.goto(site[0] + "/queue")
+    third = page.locator("tbody tr").nth(2)
+    third.locator("summary").click()
+    third.locator("a").focus()
+    page.evaluate("document.querySelectorAll('tbody tr')[2].marked = true")
+    db.execute("delete from level_sync.sync_queue where user_id in (1, 2)")
+    db.execute("update level_sync.sync_queue set message = 'mended' || message where user_id = 4")
+    look_again(page)
+    expect(page.locator("tbody tr")).to_have_count(2)
+    assert page.evaluate(
+        "[...document.querySelectorAll('tbody tr')].map(row => [!!row.marked, row.querySelector('details').open])"
+    ) == [[True, True], [False, False]]
+    assert page.evaluate("document.activeElement.textContent") == "3"
+    expect(page.locator("tbody tr").nth(1)).to_contain_text("mended4")
+
+
+@needs_chromium
 def test_a_database_that_is_away_is_said_and_the_page_comes_back_by_itself(database, db, site, page):
     page.goto(site[0])
     with psycopg.connect(dsn_of(database.server, "postgres"), autocommit=True) as admin:
@@ -301,7 +473,13 @@ def test_a_dashboard_that_is_gone_is_said_on_the_page(database, page):
     with shown(database.dsn) as (address, _):
         page.goto(address)
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    expect(page.get_by_role("status")).to_contain_text("this is old")
+    warning = page.get_by_role("status")
+    expect(warning).to_contain_text("this is old")
+    assert warning.bounding_box()["y"] < page.get_by_role("heading", level=1).bounding_box()["y"]
+    assert page.title() == "? · level_sync"
+    with shown(database.dsn, port=int(address.rpartition(":")[2])):
+        look_again(page)
+        expect(warning).to_be_empty()
 
 
 @needs_chromium
@@ -316,6 +494,56 @@ def test_every_page_fits_a_phone_in_light_and_dark(db, browser, site, tmp_path, 
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
+    context.close()
+
+
+CUT_OFF = """() => [...document.querySelectorAll('main *')]
+  .filter(element => !element.closest('.picture, thead') && element.getClientRects().length)
+  .filter(element => {
+    const box = element.getBoundingClientRect();
+    return box.left < 0 || box.right > innerWidth + 0.5;
+  })
+  .map(element => element.outerHTML.slice(0, 200))"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_cut_off_whatever_stands_in_the_rows(db, browser, site, width):
+    troubled_academy(db)
+    site[1].scan()
+    db.execute("select set_config('level_sync.actor', repeat('w', 200), false)")
+    db.execute("select set_config('level_sync.reason', repeat('why', 300), false)")
+    set_level(db, LICENSE, 1, 7)
+    db.execute("update level_sync.sync_queue set message = repeat('unbroken', 300)")
+    context = browser.new_context(viewport={"width": width, "height": 844})
+    page = context.new_page()
+    for path in PATHS:
+        page.goto(site[0] + path)
+        assert page.evaluate(CUT_OFF) == [], path
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+    context.close()
+
+
+@needs_chromium
+def test_on_a_phone_a_row_is_a_card_that_says_first_what_matters(db, browser, site):
+    troubled_academy(db)
+    site[1].scan()
+    context = browser.new_context(viewport={"width": 390, "height": 844})
+    page = context.new_page()
+    page.goto(site[0] + "/queue")
+    card = page.get_by_role("table", name="Queued pairs, oldest first").get_by_role("row").nth(1)
+    assert card.bounding_box()["height"] < 280
+    cells = [cell.inner_text() for cell in card.get_by_role("cell").all()]
+    assert cells[0].startswith("1 PLAYER due")
+    assert cells[1].startswith("23514 new row for relation")
+    set_level(db, PROGRESS, 1, 7)
+    page.goto(site[0] + "/users?id=1")
+    newest = page.get_by_role("table").get_by_role("row").nth(1)
+    (when, who, why) = newest.get_by_role("cell").all()[:3]
+    assert who.inner_text() == "head.coach as postgres"
+    assert why.inner_text() == "passed the exam"
+    assert why.bounding_box()["y"] > who.bounding_box()["y"] > when.bounding_box()["y"]
+    assert page.get_by_role("columnheader").count() == 9
     context.close()
 
 
@@ -344,6 +572,33 @@ def test_keyboard_and_screen_reader_find_their_way(db, site, page):
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
+
+
+@needs_chromium
+def test_with_the_keyboard_the_history_of_a_user_is_near_and_runs_are_in_nobodys_way(db, site, page):
+    troubled_academy(db)
+    page.goto(site[0])
+    assert page.locator("svg a").count() == 28
+    reached = []
+    while "BODY" not in reached:
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.nodeName"))
+        assert not page.evaluate("!!document.activeElement.closest('svg')")
+        assert len(reached) < 25
+    assert reached.index("id") < 6
+
+
+def test_every_check_names_a_section_of_the_runbook_that_is_about_it():
+    runbook = (Path(__file__).parents[1] / "docker" / "RUNBOOK.md").read_text(encoding="utf-8")
+    sections = dict(section.split("\n", 1) for section in runbook.split("\n## ")[1:])
+    for check in set(BITS) - {"live"}:
+        section = section_of(check, "")
+        assert section in sections, check
+        assert re.search(rf"^Checks?:.*`{check}[`:]", sections[section], re.MULTILINE), check
+    assert section_of("schedule: level_sync_maintain", "") == section_of("schedule", "")
+    assert section_of("last_run", "run 7: needs_approval, because") == "LevelSyncNeedsApproval"
+    assert section_of("last_run", "run 7: failed, needs_approval is no word of ours") == "LevelSyncRunFailed"
+    assert section_of("scan", "") in sections
 
 
 def test_colours_can_be_told_apart_by_everybody():
@@ -404,6 +659,87 @@ def test_what_is_not_there_is_refused_plainly(site, path, status, message):
     assert (found, message in text) == (status, True)
 
 
+def test_a_visitors_mistake_is_not_blamed_on_the_database_and_costs_nobody_a_page(db, site):
+    db.execute("call level_sync.reconcile()")
+    address, scanning = site
+    assert get(address)[0] == 200
+    for path in ("/runs/1?specialization=%00&user=1", "/queue?after=%00", "/users?id=1%00"):
+        status, text, _ = get(address + path)
+        assert (status, "must not contain the character NUL" in text) == (400, True), path
+    with scanning.reader.is_connected:
+        assert get(address)[0] == 200
+
+
+def test_more_is_offered_only_where_there_is_more(db, site):
+    def look(path: str) -> tuple[int, list[str]]:
+        """How many rows a page has, and where its links to more of them lead."""
+        text = get(site[0] + path)[1]
+        return text.count('<tr role="row"') - text.count("<thead"), [
+            address.replace("&amp;", "&") for address in re.findall(r'href="([^"]+)">(?:More|Older)', text)
+        ]
+
+    def add_runs(count: int) -> None:
+        db.execute(
+            "insert into level_sync.sync_log"
+            " (status, started_by, job_start, job_end, issues_found, synced_count, failed_count)"
+            " select 'success', 'cron', now(), now(), 0, 0, 0 from generate_series(1, %s)",
+            [count],
+        )
+
+    def add_queued(count: int) -> None:
+        db.execute(
+            "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)"
+            " select n, 'PLAYER', 'progress', 'level_changed', '55000', 'm' from generate_series(1, %s) as n",
+            [count],
+        )
+
+    add_pairs(db, 100, level=2)
+    with bypass(db):
+        db.execute(f"update {PROGRESS} set current_level = 5")
+    db.execute("call level_sync.reconcile(dry_run => true)")
+    assert look("/runs/1") == (100, [])
+    db.execute("call level_sync.reconcile(plan => 1)")
+    assert look("/runs/2") == (100, [])
+    add_runs(98)
+    add_queued(100)
+    for change in range(98):  # beside the creation and the repair
+        set_level(db, PROGRESS, 1, change % 2 + 1)
+    for path in ("/queue", "/runs", "/users?id=1"):
+        assert look(path) == (100, []), path
+
+    add_runs(1)
+    add_queued(1)
+    set_level(db, PROGRESS, 1, 8)
+    for path in ("/queue", "/runs", "/users?id=1"):
+        rows, (following,) = look(path)
+        assert (rows, look(following)) == (100, (1, [])), path
+    for path, words in [
+        ("/queue?after=999999", "No more queued pairs."),
+        ("/runs?before=1", "No older run."),
+        ("/users?id=1&before=1", "Nothing older."),
+    ]:
+        assert words in get(site[0] + path)[1]
+
+
+def test_messages_of_any_length_make_no_large_page(db, site):
+    db.execute(
+        "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message, dead_at)"
+        " select n, 'PLAYER', 'progress', 'level_changed', 'P0001', repeat('long ', 200000), now()"
+        " from generate_series(1, 100) as n"
+    )
+    db.execute(
+        "insert into level_sync.sync_log"
+        " (status, started_by, job_start, job_end, issues_found, synced_count, failed_count, error)"
+        " values ('failed', 'cron', now(), now(), 0, 0, 0, repeat('long ', 200000))"
+    )
+    for path in ("/", "/queue", "/runs", "/runs/1"):
+        status, text, _ = get(site[0] + path)
+        assert status == 200
+        assert "long long" in text
+        assert "(cut here)" in text
+        assert len(text) < 300_000, path
+
+
 @pytest.mark.parametrize("status", ["running", "skipped", "aborted"])
 def test_a_run_that_has_found_nothing_yet_is_in_the_picture_too(db, site, status):
     db.execute("call level_sync.reconcile()")
@@ -430,7 +766,7 @@ def test_thousands_of_runs_make_no_large_page(db, site):
     assert len(text) < 300_000
 
 
-def test_while_a_scan_is_at_work_a_page_is_as_it_was_and_does_not_wait(site):
+def test_while_a_scan_is_at_work_a_page_is_as_it_was_and_does_not_wait(site, monkeypatch):
     address, scanning = site
     assert "As of" in get(address)[1]
     with scanning.reader.is_connected:
@@ -439,6 +775,11 @@ def test_while_a_scan_is_at_work_a_page_is_as_it_was_and_does_not_wait(site):
         status, text, _ = get(address + "/queue")
         assert (status, "One moment" in text) == (503, True)
         assert time.monotonic() - began < 5
+        assert "This is how it was" not in get(address)[1]
+        monkeypatch.setattr(dashboard, "FRESH_FOR", -1)
+        assert "This is how it was at" in get(address)[1]
+        monkeypatch.undo()
+    assert "This is how it was" not in get(address)[1]
 
 
 def test_a_locked_table_is_no_database_that_is_away(database, db, site):
@@ -497,8 +838,9 @@ def silent_after(server: Path, count: int) -> Iterator[int]:
 
 
 def test_nothing_can_be_written_and_other_names_are_not_answered(site):
-    assert get(site[0], method="POST")[0] == 405
-    assert get(site[0], method="DELETE")[0] == 405
+    for method in ("POST", "DELETE"):
+        status, _, headers = get(site[0], method=method)
+        assert (status, headers["allow"]) == (405, "GET, HEAD")
     assert get(site[0], headers={"Host": "evil.example"})[0] == 400
 
 
@@ -540,6 +882,14 @@ def test_beyond_this_machine_it_wants_a_token(tmp_path):
     done = run("dashboard", "--listen", "0.0.0.0:9931", "--token-file", str(tmp_path / "token"))
     assert done.exit_code == 2
     assert "is shorter than 16 characters" in re.sub(r"[\s│]+", " ", done.stderr)
+
+
+@pytest.mark.parametrize(("command", "module"), [("dashboard", dashboard), ("exporter", metrics)])
+def test_who_does_not_say_where_to_listen_is_reached_from_this_machine_alone(monkeypatch, command, module):
+    listens: list[str] = []
+    monkeypatch.setattr(module, "serve", lambda dsn, host, port, **_: listens.append(host))
+    assert run(command).exit_code == 0
+    assert listens == ["127.0.0.1"]
 
 
 def test_the_command_serves_until_it_is_told_to_end(database, db):

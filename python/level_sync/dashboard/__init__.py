@@ -157,7 +157,7 @@ class Dashboard:
         if doubt is not None:
             # What only an old scan has found good is not known; what it has found wrong still needs somebody.
             seen_now = {row["name"] for row in quick if row["ok"] is not None}
-            checks = [doubt, *(check for check in checks if check.name in seen_now or check.ok is not True)]
+            checks = [doubt, *(check for check in checks if check.name in seen_now or check.ok is False)]
         now = datetime.now(timezone.utc)
         since = now - timedelta(weeks=WEEKS_SHOWN)
         runs = list(queries.runs_since(connection, since=since, row_limit=RUNS_SHOWN))

@@ -41,7 +41,6 @@ class Scanning:
 
     def _scan_again_and_again(self) -> None:
         while not self._is_over:
-            self._is_wanted.clear()
             began = time.monotonic()
             is_done = self.scan()
             rest = min(self.interval, REST * (time.monotonic() - began))
@@ -51,6 +50,7 @@ class Scanning:
 
     def scan(self) -> bool:
         """Looks at every pair now. Returns whether that was possible."""
+        self._is_wanted.clear()
         self._end_before_scan = self._newest_end
         return self.reader.scan()
 
