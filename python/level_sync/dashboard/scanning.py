@@ -79,7 +79,10 @@ class Scanning:
             return None
         if scan is None and error is None:
             return Check(
-                "scan", None, "Not all pairs have been looked at yet.", "Wait a moment: that is about to happen."
+                "scan",
+                None,
+                "All pairs have not been looked at yet: desyncs and orphans are not known.",
+                "Wait a moment: that comes by itself.",
             )
         since = "since the dashboard was started" if scan is None else "for a long time"
         return Check(
