@@ -28,6 +28,7 @@ from conftest import dsn_of, free_port
 from level_sync import dashboard, metrics, scan, schedule
 from level_sync.dashboard.runbook import section_of
 from level_sync.dashboard.scanning import Scanning
+from level_sync.database import queries
 from level_sync.scan import Reader
 from level_sync.servers import has_extension
 from level_sync.verify import BITS
@@ -176,7 +177,9 @@ def test_a_scan_that_was_not_possible_is_said_with_its_reason(database, db, site
     text = get(address)[1]
     assert "Not all pairs could be looked at since the dashboard was started: canceling statement due to lock" in text
     assert scanning.scan()
-    assert "could be looked at" not in get(address)[1]
+    text = get(address)[1]
+    assert "could be looked at" not in text
+    assert "attempt failed" not in text
     blocker.execute(f"lock table {LICENSE} in access exclusive mode")
     assert not scanning.scan()
     blocker.rollback()
@@ -291,6 +294,7 @@ def test_a_run_that_failed_is_seen_in_the_picture_and_all_of_it_is_readable(db, 
         " select status, 'cron', now() - days * interval '1 day', now() - days * interval '1 day', 'why'"
         " from (values ('failed', 20.5), ('needs_approval', 10.5), ('aborted', 0)) as run (status, days)"
     )
+    db.execute("update level_sync.sync_log set status = 'partial' where issues_found = 8")
     for width in (390, 1280):
         context = browser.new_context(viewport={"width": width, "height": 844})
         page = context.new_page()
@@ -695,7 +699,7 @@ def test_more_is_offered_only_where_there_is_more(db, site):
         assert words in get(site[0] + path)[1]
 
 
-def test_messages_of_any_length_make_no_large_page(db, site):
+def test_messages_of_any_length_make_no_large_page(database, db, site):
     db.execute(
         "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message, dead_at)"
         " select n, 'PLAYER', 'progress', 'level_changed', 'P0001', repeat('long ', 200000), now()"
@@ -712,6 +716,9 @@ def test_messages_of_any_length_make_no_large_page(db, site):
         assert "long long" in text
         assert "(cut here)" in text
         assert len(text) < 300_000, path
+    with Reader(database.dsn).connection() as connection:  # what is not shown is not even sent
+        queued = list(queries.queue_after(connection, after=None, row_limit=100, text_limit=1001))
+    assert max(len(row["message"]) for row in queued) == 1001
 
 
 @pytest.mark.parametrize("status", ["running", "skipped", "aborted"])
