@@ -8,6 +8,7 @@ what holds for every pair is asked of that one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 Level = int | None
 Pair = tuple[int, str]
@@ -52,20 +53,51 @@ class Levels:
 UNCERTAIN = Levels(is_uncertain=True)
 
 
+def replay(levels: Levels, events: list[tuple[str, str, Level, Level, str]]) -> Levels:
+    """Levels after events of (direction, action, old_level, new_level, source), each of which must fit those before."""
+    for direction, action, old, new, source in events:
+        target = direction.partition("_to_")[2]
+        assert levels.on(target) == old, (
+            f"{direction} {action} {old} -> {new}, but the {target} was {levels.on(target)}"
+        )
+        assert (old is None, new is None) == (action == "created", action == "deleted"), (action, old, new)
+        levels = levels.with_side(target, new)
+        if source != "undo":  # what is carried is there on the other side
+            levels = levels.with_side(OTHER_SIDE[target], new)
+    return levels
+
+
 @dataclass
 class Transaction:
-    """The pairs a transaction has written, with a copy for each of its savepoints."""
+    """What a transaction has written, with a copy for each of its savepoints."""
 
     written: dict[Pair, Levels] = field(default_factory=dict)
-    savepoints: list[dict[Pair, Levels]] = field(default_factory=list)
     touched: set[Pair] = field(default_factory=set)  # rows it holds, whatever became of the write
+    deleted: set[Pair] = field(default_factory=set)  # their license may be another row afterwards
+    sides: dict[Pair, str | None] = field(default_factory=dict)  # the side written last; None where that is open
+    count: dict[Pair, int] = field(default_factory=dict)  # writes of each pair
+    unexplained: set[Pair] = field(default_factory=set)  # written in a way that its events do not tell
     is_deferred: bool = False  # some of its pairs wait for the commit, and what comes in between can change the end
+    isolation: str = "read committed"
+    rules: dict[str, Any] | None = None  # the settings, faults and versions that its snapshot sees
+    faults: set[tuple[str, int]] | None = None
+    versions: dict[Pair, int] | None = None
+    effect: str = ""  # what its commit does to rows whose other side is gone
+    _savepoints: list[tuple[Any, ...]] = field(default_factory=list)
+
+    @property
+    def has_savepoint(self) -> bool:
+        return bool(self._savepoints)
 
     def savepoint(self) -> None:
-        self.savepoints.append(dict(self.written))
+        self._savepoints.append((dict(self.written), set(self.touched), set(self.deleted), dict(self.sides)))
+
+    def release_savepoint(self) -> None:
+        self._savepoints.pop()
 
     def rollback_to_savepoint(self) -> None:
-        self.written = dict(self.savepoints[-1])
+        written, touched, deleted, sides = self._savepoints[-1]
+        self.written, self.touched, self.deleted, self.sides = dict(written), set(touched), set(deleted), dict(sides)
 
 
 @dataclass
@@ -77,22 +109,28 @@ class Model:
     def seen_by(self, transaction: Transaction, pair: Pair) -> Levels:
         return transaction.written.get(pair, self.levels[pair])
 
-    def update(self, transaction: Transaction, pair: Pair, level: int) -> None:
-        """The other side follows. A side deleted before in this transaction: the promise does not say."""
+    def update(self, transaction: Transaction, pair: Pair, side: str, level: int, is_carried: bool) -> None:
+        """The other side follows, if it can. A side deleted before in this transaction: the promise does not say."""
         now = self.seen_by(transaction, pair)
         if now.is_uncertain or now.deleted:
             transaction.written[pair] = UNCERTAIN
         else:
-            transaction.written[pair] = Levels(level, level)
+            transaction.written[pair] = Levels(level, level) if is_carried else now.with_side(side, level)
 
-    def insert(self, transaction: Transaction, pair: Pair, side: str, level: int) -> None:
-        """An insert never demotes."""
+    def insert(self, transaction: Transaction, pair: Pair, side: str, level: int, is_carried: bool) -> None:
+        """An insert never demotes: both get the higher level, if the other side can."""
         now = self.seen_by(transaction, pair)
+        other = now.on(OTHER_SIDE[side]) or 0
         if now.is_uncertain or (transaction.is_deferred and pair in transaction.written):
             transaction.written[pair] = UNCERTAIN
+        elif (
+            other > level and not is_carried
+        ):  # an INSERT that finds a row fires the other side's triggers all the same
+            transaction.written[pair] = UNCERTAIN
+        elif is_carried or other == level:
+            transaction.written[pair] = replace(now, progress=max(level, other), license=max(level, other))
         else:
-            higher = max(level, now.on(OTHER_SIDE[side]) or 0)
-            transaction.written[pair] = replace(now, progress=higher, license=higher)
+            transaction.written[pair] = UNCERTAIN if now.deleted else now.with_side(side, level)
 
     def delete(self, transaction: Transaction, pair: Pair, side: str) -> None:
         now = self.seen_by(transaction, pair)
@@ -101,18 +139,34 @@ class Model:
         else:
             transaction.written[pair] = replace(now.with_side(side, None), deleted=now.deleted | {side})
 
-    def judge(self, transaction: Transaction, on_delete: str) -> None:
-        """What the commit makes of rows whose other side is gone."""
-        judged = {}
+    def judge(self, transaction: Transaction, on_delete: str, broken: set[Pair]) -> set[Pair]:
+        """What the commit makes of rows whose other side is gone; which those are, where the model can say."""
+        judged, lone = {}, set()
         for pair, now in transaction.written.items():
-            if now.deleted and now.is_one_sided and not now.is_uncertain:
-                if on_delete == "restrict":
-                    raise Refused(f"{pair} lost one side")
+            if not (now.deleted and now.is_one_sided) or now.is_uncertain:
+                judged[pair] = replace(now, deleted=frozenset())
+            elif on_delete == "restrict":
+                raise Refused(f"{pair} lost one side")
+            elif on_delete == "recreate" and pair in broken:
+                judged[pair] = UNCERTAIN
+            else:
                 left = now.progress or now.license
                 judged[pair] = Levels() if on_delete == "propagate" else Levels(left, left)
-            else:
-                judged[pair] = replace(now, deleted=frozenset())
+                lone.add(pair)
         transaction.written = judged
+        return lone
+
+    @staticmethod
+    def drained(levels: Levels, side: str, change: str, on_delete: str) -> Levels:
+        """What a drain makes of a pair whose last entry names this side and change."""
+        if levels.is_equal:
+            return levels
+        if levels.is_one_sided:
+            if change == "deleted" and levels.on(side) is None and on_delete == "propagate":
+                return Levels()
+            return Model.reconciled(levels, "report_only")
+        level = max(levels.progress, levels.license) if change == "created" else levels.on(side)  # type: ignore[type-var]
+        return Levels(level, level)
 
     def commit(self, transaction: Transaction) -> None:
         self.levels.update(transaction.written)
