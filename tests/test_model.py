@@ -335,10 +335,11 @@ class Academy(RuleBasedStateMachine):
         return transaction.versions is not None and transaction.versions[pair] != self.version[pair]
 
     def levels_for(self, writer: Writer, side: str, pair: Pair) -> tuple[Level, Level]:
-        """The levels on a side and on the other one, as a session sees them."""
+        """The levels on a side and on the other one, as a session sees them; a snapshot older than a row that was deleted and
+        made anew sees both."""
         found = writer.connection.execute(
-            f"select (select current_level from {PROGRESS} where student_id = %s and specialization_id = %s),"
-            f" (select current_level from {LICENSE} where user_id = %s and specialization_type = %s)",
+            f"select (select max(current_level) from {PROGRESS} where student_id = %s and specialization_id = %s),"
+            f" (select max(current_level) from {LICENSE} where user_id = %s and specialization_type = %s)",
             [*pair, *pair],
         ).fetchone()
         return (found[0], found[1]) if side == "progress" else (found[1], found[0])
@@ -1290,7 +1291,7 @@ class Academy(RuleBasedStateMachine):
         drain(self.db)
         self.call_reconcile(approve=True)
         assert self.db.execute("select * from level_sync.desync_issues").fetchall() == []
-        assert self.db.execute("select * from level_sync.sync_queue").fetchall() == []
+        assert self.db.execute("select user_id, sqlstate from level_sync.sync_queue").fetchall() == []
         assert self.db.execute("select * from level_sync.pending_pairs").fetchall() == []
         assert self.last_run()[1] == "success"
         self.effects["step"] += self.steps
