@@ -335,8 +335,8 @@ class Academy(RuleBasedStateMachine):
         return transaction.versions is not None and transaction.versions[pair] != self.version[pair]
 
     def levels_for(self, writer: Writer, side: str, pair: Pair) -> tuple[Level, Level]:
-        """The levels on a side and on the other one, as a session sees them; a snapshot older than a row that was deleted and
-        made anew sees both."""
+        """The levels on a side and on the other one, as a session sees them. A snapshot older than a row that was
+        deleted and made anew sees both."""
         found = writer.connection.execute(
             f"select (select max(current_level) from {PROGRESS} where student_id = %s and specialization_id = %s),"
             f" (select max(current_level) from {LICENSE} where user_id = %s and specialization_type = %s)",
