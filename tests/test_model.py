@@ -1290,8 +1290,11 @@ class Academy(RuleBasedStateMachine):
         configure(self.db, conflict_policy="progress_wins", on_error="queue", max_attempts=100)
         drain(self.db)
         self.call_reconcile(approve=True)
-        assert self.db.execute("select * from level_sync.desync_issues").fetchall() == []
-        assert self.db.execute("select user_id, sqlstate from level_sync.sync_queue").fetchall() == []
+        waiting = self.db.execute(
+            "select user_id, specialization, side, change, sqlstate, message, attempts from level_sync.sync_queue"
+        ).fetchall()
+        different = self.db.execute("select * from level_sync.desync_issues").fetchall()
+        assert (different, waiting) == ([], [])
         assert self.db.execute("select * from level_sync.pending_pairs").fetchall() == []
         assert self.last_run()[1] == "success"
         self.effects["step"] += self.steps
