@@ -1359,6 +1359,7 @@ def run_sequences(count: int, *, is_random: bool) -> None:
             phases=[Phase.generate, Phase.shrink],
             print_blob=True,
         ),
+        _min_steps=STEPS,  # Hypothesis ends half of the sequences early without it
     )
 
 
