@@ -573,6 +573,7 @@ begin
     from level_sync._lock_free_pairs(pairs.user_ids, pairs.specializations) as lockable;
 
   -- The row that was written may be gone, by a way that triggers do not see: then the one that is left is the truth.
+  -- And one whose deletion waits here may have come back.
   -- A missing row cannot be locked: should it come just now, the higher of the two levels stands, as for any insert.
   select array_agg(pair.user_id order by pair.pair_number) as user_ids,
          array_agg(pair.specialization order by pair.pair_number) as specializations,
@@ -581,6 +582,8 @@ begin
                         when license.user_id is null and progress.student_id is not null then 'progress'
                         else pair.side end order by pair.pair_number) as sides,
          array_agg(case when pair.change = 'level_changed' and (progress.student_id is null or license.user_id is null)
+                          or pair.change = 'deleted' and pair.side = 'progress' and progress.student_id is not null
+                          or pair.change = 'deleted' and pair.side = 'license' and license.user_id is not null
                         then 'created' else pair.change end order by pair.pair_number) as changes,
          array_agg(pair.queue_id order by pair.pair_number) as queue_ids,
          array_agg(pair.attempts order by pair.pair_number) as attempts,

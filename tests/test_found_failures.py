@@ -279,3 +279,20 @@ def test_a_row_that_is_inserted_while_a_drain_would_make_it_keeps_its_level(data
         end $$""")
     drain(db)
     assert levels(db, 1) == (7, 7)
+
+
+@BOTH
+@pytest.mark.parametrize("on_delete", ["propagate", "recreate"])
+def test_a_row_that_came_back_unseen_while_its_deletion_was_queued_is_carried_as_an_insert(db, users, table, on_delete):
+    users(1)
+    insert(db, table, 1, 5)
+    configure(db, on_delete=on_delete)
+    event = f"before delete on {OTHER[table]}" if on_delete == "propagate" else f"before insert on {table}"
+    user_trigger(db, event, "raise 'broken'")
+    delete(db, table, 1)
+    assert [entry[2:4] for entry in queued(db)] == [(SIDE[table], "deleted")]
+    drop_user_trigger(db)
+    with bypass(db):
+        insert(db, table, 1, 6)
+    drain(db)
+    assert levels(db, 1) == (6, 6)
