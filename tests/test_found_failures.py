@@ -14,6 +14,7 @@ from academy import (
     LICENSE,
     OTHER,
     PROGRESS,
+    SIDE,
     add_pairs,
     bypass,
     configure,
