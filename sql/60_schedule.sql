@@ -47,8 +47,8 @@ begin
   get diagnostics deleted = row_count;
   total := total + deleted;
 
-  if to_regclass('cron.job_run_details') is not null
-     and has_table_privilege('cron.job_run_details', 'delete') and has_table_privilege('cron.job', 'select')
+  if (case when (select access.may_read from level_sync._cron_access() as access)
+           then has_table_privilege(to_regclass('cron.job_run_details'), 'delete') end)
   then
     execute $sql$
       delete from cron.job_run_details as details
@@ -253,19 +253,25 @@ $$;
 comment on function level_sync.requeue(bigint, text) is
   'Makes queued pairs, dead ones too, due at once with a fresh count of attempts: all, one user''s, or one pair. Returns how many.';
 
--- pg_cron shows its settings to members of pg_read_all_settings only; for others it may be preloaded or not.
+-- pg_cron shows its settings to members of pg_read_all_settings only; for others it may be preloaded or not. Its table is
+-- looked up in the catalog: to_regclass would raise for a role without USAGE on schema cron, such as any reader.
 create or replace function level_sync._cron_access(out is_preloaded boolean, out is_here boolean, out may_read boolean, out cron_database text)
   language sql
   stable
   set search_path = pg_catalog, pg_temp
 as $$
-  select case when shown.setting is not null or to_regclass('cron.job') is not null then true
+  select case when shown.setting is not null or job.oid is not null then true
               when pg_has_role(current_user, 'pg_read_all_settings', 'usage') then false end,
-         to_regclass('cron.job') is not null,
-         coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage')
-                  and has_table_privilege(to_regclass('cron.job'), 'select'), false),
+         job.oid is not null,
+         coalesce(has_schema_privilege(job.relnamespace, 'usage') and has_table_privilege(job.oid, 'select'), false),
          shown.setting
     from (select (select pg_settings.setting from pg_settings where pg_settings.name = 'cron.database_name')) as shown (setting)
+    left join (
+      select pg_class.oid, pg_class.relnamespace
+        from pg_class
+        join pg_namespace on pg_namespace.oid = pg_class.relnamespace
+       where pg_namespace.nspname = 'cron' and pg_class.relname = 'job'
+    ) as job on true
 $$;
 
 comment on function level_sync._cron_access() is

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from academy import wait_until
 from command_line import run
 from conftest import dsn_of, temporary_directory
 from level_sync.servers import SystemServer, has_extension, system_binaries
+from level_sync.watch import Channel, Message, Watch
 
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
 
@@ -70,9 +74,48 @@ def test_first_start_installs_and_schedules_and_is_healthy(container):
         connection.execute("alter table user_licenses disable trigger user")
         assert "is disabled" in script(container, DOCKER / "healthcheck").stdout
         connection.execute("alter table user_licenses enable trigger user")
-    monitored = run("metrics", "--dsn", dsn_of(container, "academy", "monitor"))
-    assert monitored.exit_code == 0
-    assert "level_sync_up 1.0" in monitored.stdout
+
+
+def test_monitor_sees_every_check_although_it_may_not_look_into_the_schema_of_pg_cron(container, tmp_path):
+    dsn = dsn_of(container, "academy", "monitor")
+    with psycopg.connect(dsn_of(container, "academy"), autocommit=True) as connection:
+        assert connection.execute("select has_schema_privilege('monitor', 'cron', 'usage')").fetchone() == (False,)
+        connection.execute("call level_sync.reconcile()")
+    monitored = run("metrics", "--dsn", dsn)
+    assert (monitored.exit_code, monitored.stderr) == (0, "")
+    for line in ("level_sync_up 1.0", 'level_sync_health_check_ok{check="orphans"} 1.0', "level_sync_desync_pairs{"):
+        assert line in monitored.stdout
+    assert "\nlevel_sync_scan_timestamp_seconds " in monitored.stdout
+    checks = json.loads(run("verify", "--json", "--dsn", dsn).stdout)["checks"]
+    assert [check for check in checks if check["ok"] is not True] == []
+    assert {"schedule: level_sync_reconcile", "cron run: level_sync_maintain"} <= {check["name"] for check in checks}
+
+    told: list[Message] = []
+    watch = Watch(dsn, [Channel("test", "test", told.append)], interval=0.2, patience=0)
+    stop = threading.Event()
+    thread = threading.Thread(target=watch.run, args=[stop])
+    with psycopg.connect(dsn_of(container, "academy"), autocommit=True) as connection:
+        connection.execute("alter table user_licenses disable trigger license_level_changed")
+        try:
+            thread.start()
+            wait_until(lambda: told)
+        finally:
+            connection.execute("alter table user_licenses enable trigger license_level_changed")
+            wait_until(lambda: len(told) > 1 or not thread.is_alive())
+            stop.set()
+            thread.join(20)
+    assert [message.subject.partition(": ")[2] for message in told] == ["RED triggers", "green again triggers"]
+
+
+def test_maintenance_runs_as_an_owner_who_may_not_look_into_the_schema_of_pg_cron(container):
+    with psycopg.connect(dsn_of(container, "academy")) as connection:
+        connection.execute("create role academy_owner")
+        connection.execute("grant usage on schema level_sync to academy_owner")
+        connection.execute("grant all on all tables in schema level_sync to academy_owner")
+        connection.execute("grant execute on all functions in schema level_sync to academy_owner")
+        connection.execute("alter function level_sync._purge_batch() owner to academy_owner")
+        assert connection.execute("select level_sync._purge_batch()").fetchone() is not None
+        connection.rollback()
 
 
 def test_jobs_run_in_workers_of_the_server_so_that_no_password_is_needed(container):
