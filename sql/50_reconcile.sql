@@ -336,6 +336,10 @@ begin
              select coalesce(jsonb_object_agg(by_action.action, by_action.pairs), '{}')
                from (select plan.action, count(*) as pairs from level_sync.sync_plan as plan
                       where plan.run_id = plan_id group by plan.action) as by_action),
+           'repairs', (
+             select coalesce(jsonb_object_agg(by_action.action, by_action.pairs), '{}')
+               from (select plan.action, count(*) as pairs from level_sync.sync_plan as plan
+                      where plan.run_id = plan_id and plan.outcome = 'repaired' group by plan.action) as by_action),
            'outcomes', (
              select coalesce(jsonb_object_agg(by_outcome.outcome, by_outcome.pairs), '{}')
                from (select plan.outcome, count(*) as pairs from level_sync.sync_plan as plan

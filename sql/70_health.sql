@@ -149,6 +149,23 @@ $$;
 comment on function level_sync._check_hidden_rows() is
   'The owner of level_sync sees every row; where row level security hides some, desyncs and orphans cannot be told.';
 
+create or replace function level_sync._last_finished_run()
+  returns setof level_sync.sync_log
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select *
+    from level_sync.sync_log
+   where not sync_log.dry_run and sync_log.status not in ('running', 'skipped')
+   order by sync_log.run_id desc
+   limit 1
+$$;
+
+comment on function level_sync._last_finished_run() is
+  'The newest run that has ended: neither a dry one, nor one that found another run at work and was skipped.';
+
 create or replace function level_sync._check_pairs()
   returns table (name text, ok boolean, detail text, hint text)
   language sql
@@ -162,7 +179,11 @@ as $$
               else format('%s pairs differ, first user %s in %s (%s)', count(*), min(issues.user_id),
                           (array_agg(issues.specialization order by issues.user_id))[1],
                           (array_agg(issues.issue_type order by issues.user_id))[1]) end,
-         'call level_sync.reconcile(); or wait for the next run. See level_sync.desync_issues.'
+         case when (select settings.conflict_policy from level_sync.settings) = 'report_only'
+              then 'conflict_policy is report_only: no run repairs a difference. Say which side is right with call level_sync.reconcile(direction => ...). See level_sync.desync_issues.'
+              when (select latest.status from level_sync._last_finished_run() as latest) = 'needs_approval'
+              then 'No run repairs this before somebody approves: see the check last_run.'
+              else 'call level_sync.reconcile(); or wait for the next run. See level_sync.desync_issues.' end
     from level_sync.desync_issues as issues
 $$;
 
@@ -180,7 +201,7 @@ as $$
          case when count(*) = 0 then 'no dead pair'
               else format('%s dead, first user %s in %s: %s', count(*), min(queued.user_id),
                           (array_agg(queued.specialization order by queued.user_id))[1],
-                          (array_agg(queued.message order by queued.user_id))[1]) end,
+                          left((array_agg(queued.message order by queued.user_id))[1], 500)) end,
          'Remove the cause (see sqlstate and message in level_sync.sync_queue), then select level_sync.requeue().'
     from level_sync.sync_queue as queued
    where queued.dead_at is not null
@@ -215,17 +236,16 @@ as $$
        where sync_log.status in ('success', 'partial') and not sync_log.dry_run
     ) as latest on true
    union all
+  -- A run at work, and one that found another at work, say nothing of how it ended last.
   select 'last_run',
-         coalesce(latest.status in ('success', 'running', 'skipped'), true),
+         coalesce(latest.status = 'success', true),
          case when latest.run_id is null then 'no run yet'
-              else format('run %s: %s%s', latest.run_id, latest.status, ', ' || latest.error) end,
+              else format('run %s: %s%s', latest.run_id, latest.status, ', ' || left(latest.error, 500)) end,
          case latest.status
            when 'needs_approval' then format('Look at level_sync.sync_plan, then call level_sync.reconcile(plan => %s, approve => true).', latest.run_id)
            else 'See error and results of that row in level_sync.sync_log.' end
     from (values (1)) as one
-    left join lateral (
-      select * from level_sync.sync_log where not sync_log.dry_run order by sync_log.run_id desc limit 1
-    ) as latest on true
+    left join level_sync._last_finished_run() as latest on true
    union all
   select 'running',
          count(*) = 0 or level_sync._is_run_active(),
@@ -238,7 +258,7 @@ as $$
 $$;
 
 comment on function level_sync._check_runs() is
-  'The last slot of the schedule has seen a successful run, the last run went well, and none says running that is not.';
+  'The last slot of the schedule has seen a successful run, the last run that ended went well, and none says running that is not.';
 
 -- The same query here, and by level-sync verify in the database of pg_cron where that is another one.
 create or replace function level_sync._cron_jobs_query()
@@ -304,7 +324,7 @@ as $$
            or judged.last_run ->> 'status' = 'succeeded' and judged.last_run ->> 'start_time' is not null,
          case when judged.last_run ->> 'status' is null then 'no run yet'
               else format('last run %s at %s: %s', judged.last_run ->> 'status',
-                          coalesce(judged.last_run ->> 'start_time', 'no time'), judged.last_run ->> 'return_message')
+                          coalesce(judged.last_run ->> 'start_time', 'no time'), left(judged.last_run ->> 'return_message', 500))
          end,
          case when judged.last_run ->> 'start_time' is null
               then 'pg_cron could not connect: set cron.use_background_workers = on, or allow it in pg_hba.conf.'

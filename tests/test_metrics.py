@@ -8,19 +8,27 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
 import pytest
+import typer
 from prometheus_client.parser import text_string_to_metric_families
 
-from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, delete, set_level
+from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, delete, set_level, wait_until
 from command_line import run
-from conftest import dsn_of, free_port
+from conftest import CONFIGURATION, dsn_of, free_port, temporary_directory
+from level_sync import cli, install, metrics
+from level_sync import verify as verification
 from level_sync.metrics import LevelSyncCollector, registry_of
 from level_sync.scan import Reader
+from level_sync.servers import EmbeddedServer
 
 pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 
@@ -79,14 +87,80 @@ def test_a_reader_sees_desyncs_queue_runs_repairs_events_and_checks(database, db
     ]
     assert abs(found["level_sync_last_success_timestamp_seconds"] - time.time()) < 60
     assert 0 < found["level_sync_last_run_duration_seconds"] < 60
-    assert found["level_sync_last_run_pairs action=update_license"] == 1
-    assert found["level_sync_last_run_pairs action=create_license"] == 1
+    repairs = {name.rpartition("=")[2]: value for name, value in found.items() if "last_run_repairs" in name}
+    assert repairs == {"update_license": 1, "create_license": 1, "update_progress": 0, "create_progress": 0}
     assert found["level_sync_recent_events action=created source=trigger"] == 4
     assert found["level_sync_recent_events action=created source=reconcile"] == 1
+    assert (
+        found["level_sync_recent_events action=updated source=undo"] == 0
+    )  # what does not happen is 0, it does not vanish
     assert found["level_sync_health_check_ok check=triggers"] == 1
     assert found["level_sync_health_check_ok check=shipped_functions"] == 1
     assert found["level_sync_health_check_ok check=desync"] == 0
     assert found["level_sync_health_check_ok check=queue_dead"] == 0
+
+
+def test_repairs_are_those_that_were_made_not_those_that_were_meant(database, db):
+    for user in range(1, 4):
+        add_pair(db, user, level=2)
+    configure(db, repair_limit=1)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5")
+    collector = LevelSyncCollector(Reader(database.dsn))
+    name = "level_sync_last_run_repairs action=update_license"
+    db.execute("call level_sync.reconcile()")
+    assert scraped(collector)["level_sync_last_run_status status=needs_approval"] == 1
+    assert scraped(collector)[name] == 0
+    db.execute("alter table user_licenses add constraint not_one check (user_id <> 1) not valid")
+    db.execute("call level_sync.reconcile(approve => true)")
+    assert scraped(collector)["level_sync_last_run_status status=partial"] == 1
+    assert scraped(collector)[name] == 2
+
+
+def test_a_run_at_work_and_one_that_was_skipped_do_not_say_that_the_failed_one_before_is_over(database, db):
+    db.execute(
+        "insert into level_sync.sync_log (status, job_start, job_end, error)"
+        " values ('failed', now() - interval '7 seconds', now(), 'disk full')"
+    )
+    collector = LevelSyncCollector(Reader(database.dsn))
+    for later in ("", "('skipped', false, now())", "('success', true, now())", "('running', false, null)"):
+        if later:
+            db.execute(f"insert into level_sync.sync_log (status, dry_run, job_end) values {later}")
+        found = scraped(collector)
+        assert [name for name in found if "last_run_status" in name and found[name]] == [
+            "level_sync_last_run_status status=failed"
+        ]
+        assert found["level_sync_last_run_duration_seconds"] == pytest.approx(7, abs=0.1)
+        assert found["level_sync_health_check_ok check=last_run"] == 0
+    db.execute("update level_sync.sync_log set status = 'success', job_end = now() where status = 'running'")
+    assert scraped(collector)["level_sync_last_run_status status=success"] == 1
+    assert scraped(collector)["level_sync_health_check_ok check=last_run"] == 1
+
+
+def test_events_of_long_ago_are_not_recent(database, db):
+    add_pair(db, 1, level=2)
+    with bypass(db):
+        db.execute("update level_sync.sync_events set occurred_at = now() - interval '6 minutes'")
+    add_pair(db, 2, level=2)
+    collector = LevelSyncCollector(Reader(database.dsn))
+    collector.reader.scan()
+    assert scraped(collector)["level_sync_recent_events action=created source=trigger"] == 1
+
+
+def test_the_oldest_that_waits_is_told_not_a_dead_one_and_what_could_not_be_checked_is_not_good(database, db):
+    db.execute(
+        "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message, queued_at,"
+        " dead_at)"
+        " values (4, 'PLAYER', 'progress', 'level_changed', '55000', 'broken', now() - interval '9 hours', now())"
+    )
+    collector = LevelSyncCollector(Reader(database.dsn))
+    assert scraped(collector)["level_sync_queue_oldest_age_seconds"] == 0
+    db.execute(
+        "create or replace function level_sync._check_runs()"
+        " returns table (name text, ok boolean, detail text, hint text) language sql stable"
+        " as $$ select 'last_run', null::boolean, 'not checked', 'hint' $$"
+    )
+    assert scraped(collector)["level_sync_health_check_ok check=last_run"] == 0
 
 
 def test_every_figure_is_explained_and_named_as_prometheus_wants_it(database, db, reader):
@@ -160,6 +234,62 @@ def test_a_scrape_during_a_scan_tells_the_last_figures_and_does_not_wait(databas
         assert time.monotonic() - began < 0.5
 
 
+def test_a_scan_that_hangs_is_up_0_in_time_and_up_1_with_the_next_scrape_after_it(private_server, monkeypatch):
+    monkeypatch.setattr(metrics, "FRESH_FOR", 1)
+    monkeypatch.setattr(metrics, "PATIENCE", 0.5)
+    reader = Reader(dsn_of(private_server, "postgres"))
+    collector = LevelSyncCollector(reader)
+    assert scraped(collector)["level_sync_up"] == 1
+    make_checks = verification.checks_of
+    hangs = threading.Event()
+
+    def freeze_and_check(*given):
+        freeze(private_server)
+        hangs.set()
+        return make_checks(*given)
+
+    monkeypatch.setattr(verification, "checks_of", freeze_and_check)
+    scanning = threading.Thread(target=reader.scan)
+    scanning.start()
+    try:
+        assert hangs.wait(20)
+        time.sleep(1.1)
+        began = time.monotonic()
+        assert scraped(collector)["level_sync_up"] == 0
+        assert "level_sync_desync_pairs" not in str(scraped(collector))
+        assert scraped(LevelSyncCollector(reader))["level_sync_up"] == 0  # one that has nothing to tell again
+        assert time.monotonic() - began < 6
+    finally:
+        thaw(private_server)
+    scanning.join(20)
+    assert scraped(collector)["level_sync_up"] == 1
+
+
+def test_an_exporter_whose_server_hangs_says_so_and_is_back_with_the_next_scrape(private_server):
+    with exporting(dsn_of(private_server, "postgres"), "--scan-interval", "1") as (port, _):
+        wait_until(lambda: "level_sync_scan_timestamp_seconds" in scrape(port))
+        postmaster = processes(private_server)[0]
+        os.kill(postmaster, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            wait_until(lambda: scrape(port)["level_sync_up"] == 0)
+            assert time.monotonic() - began < 40
+        finally:
+            os.kill(postmaster, signal.SIGCONT)
+        assert scrape(port)["level_sync_up"] == 1
+
+
+def test_a_run_that_ends_brings_the_next_scan_forward(database, db, reader):
+    add_pair(db, 1, level=2)
+    with bypass(db):
+        set_level(db, PROGRESS, 1, 5)
+    name = "level_sync_desync_pairs issue_type=level_mismatch specialization=PLAYER"
+    with exporting(reader, "--scan-interval", "3600") as (port, _):
+        wait_until(lambda: scrape(port).get(name) == 1)
+        db.execute("call level_sync.reconcile()")
+        wait_until(lambda: scrape(port)[name] == 0)
+
+
 def test_a_textfile_is_replaced_in_one_step_also_when_the_database_is_away(database, db, tmp_path):
     path = tmp_path / "level_sync.prom"
     assert run("metrics", "--dsn", database.dsn, "--textfile", str(path)).exit_code == 0
@@ -193,42 +323,98 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
     assert "pip install 'level-sync[metrics]'" in done.stderr
 
 
-def test_the_exporter_answers_prometheus_and_ends_when_told(database, db, reader):
+@contextmanager
+def exporting(dsn: str, *options: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """An exporter at work: its port and its process."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("level-sync")), "exporter", "--listen", f"127.0.0.1:{port}"]
     exporter = subprocess.Popen(
-        [*command, "--scan-interval", "1"],
-        env={**os.environ, "DATABASE_URL": reader},
-        stderr=subprocess.PIPE,
-        text=True,
+        [*command, *options], env={**os.environ, "DATABASE_URL": dsn}, stderr=subprocess.PIPE, text=True
     )
     try:
         assert f"http://127.0.0.1:{port}/metrics" in exporter.stderr.readline()
-        deadline = time.monotonic() + 20
-        found: dict[str, float] = {}
-        while "level_sync_scan_timestamp_seconds" not in found:
-            assert time.monotonic() < deadline, found
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-                    found = figures(answer.read().decode())
-            except OSError:
-                time.sleep(0.1)
-        assert found["level_sync_up"] == 1
-        assert run("exporter", "--listen", f"127.0.0.1:{port}").exit_code == 1  # the port is taken
-        exporter.send_signal(signal.SIGTERM)
-        assert exporter.wait(10) == 0
-        # It held no connection longer than its queries took.
-        assert db.execute("select count(*) from pg_stat_activity where usename like 'reader_of_%'").fetchone() == (0,)
+        yield port, exporter
     finally:
         exporter.kill()
         exporter.communicate()
 
 
-def test_a_scrape_costs_little_however_many_pairs_there_are(database, db, record_property, pytestconfig):
-    pairs = 1_000_000 if pytestconfig.getoption("--proof") else 20_000
+def scrape(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return figures(answer.read().decode())
+
+
+def test_the_exporter_answers_prometheus_and_ends_when_told(database, db, reader):
+    with exporting(reader, "--scan-interval", "1") as (port, exporter):
+        wait_until(lambda: "level_sync_scan_timestamp_seconds" in scrape(port))
+        found = scrape(port)
+        assert (found["level_sync_up"], found["level_sync_scan_interval_seconds"]) == (1, 1)
+        assert run("exporter", "--listen", f"127.0.0.1:{port}").exit_code == 1  # the port is taken
+        exporter.send_signal(signal.SIGTERM)
+        assert exporter.wait(60) == 0
+
+
+def test_the_exporter_holds_one_connection_at_most_and_none_between(database, db, reader):
+    ours = "select count(*) from pg_stat_activity where usename like 'reader_of_%'"
+    with exporting(reader, "--scan-interval", "3600") as (port, _):
+        wait_until(lambda: "level_sync_scan_timestamp_seconds" in scrape(port))
+        seen = []
+        with ThreadPoolExecutor(4) as pool:
+            scrapes = [pool.submit(lambda: [scrape(port) for _ in range(10)]) for _ in range(4)]
+            while not all(each.done() for each in scrapes):
+                seen.append(db.execute(ours).fetchone()[0])
+        # A backend is seen for a moment after its client has gone.
+        wait_until(lambda: db.execute(ours).fetchone() == (0,))
+        assert max(seen) <= 2
+        time.sleep(0.5)
+        assert db.execute(ours).fetchone() == (0,)
+
+
+def test_it_listens_on_this_machine_alone_unless_told_otherwise():
+    options = {option.name: option.default for option in typer.main.get_command(cli.app).commands["exporter"].params}
+    assert options["listen"] == "127.0.0.1:9930"
+
+
+@pytest.fixture
+def private_server():
+    """A migrated server of this test's own, to be frozen."""
+    with temporary_directory() as parent:
+        server = EmbeddedServer(parent / "server")
+        server.create(CONFIGURATION)
+        try:
+            install.migrate(dsn_of(server, "postgres"))
+            yield server
+        finally:
+            server.stop()
+
+
+def processes(server: EmbeddedServer) -> list[int]:
+    """Process ids of a server, the postmaster's first."""
+    postmaster = int((server.directory / "postmaster.pid").read_text().split("\n")[0])
+    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text()
+    return [postmaster, *map(int, children.split())]
+
+
+def freeze(server: EmbeddedServer) -> None:
+    for pid in processes(server):
+        os.kill(pid, signal.SIGSTOP)
+
+
+def thaw(server: EmbeddedServer) -> None:
+    for pid in reversed(processes(server)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_scrape_costs_little_however_many_pairs_there_are_and_were_just_written(
+    database, db, record_property, pytestconfig
+):
+    is_proof = pytestconfig.getoption("--proof")
+    pairs, fresh = (1_000_000, 300_000) if is_proof else (20_000, 20_000)
     add_pairs(db, pairs)
     collector = LevelSyncCollector(Reader(database.dsn))
     collector.reader.scan()
+    db.execute("update specialization_progress set current_level = 5 where student_id <= %s", [fresh])
     times = []
     for _ in range(21):
         began = time.perf_counter()
@@ -237,7 +423,37 @@ def test_a_scrape_costs_little_however_many_pairs_there_are(database, db, record
     median = statistics.median(times)
     record_property(
         "figure",
-        f"a scrape of {pairs:,} pairs: {median * 1000:.0f} ms, scan {collector.reader.last_scan.duration:.2f} s",
+        f"a scrape of {pairs:,} pairs, {fresh:,} of them just written: {median * 1000:.0f} ms,"
+        f" scan {collector.reader.last_scan.duration:.2f} s",
     )
     # A busy machine is given room; the proof, which runs alone, is not.
-    assert median < (0.05 if pytestconfig.getoption("--proof") else 0.5)
+    assert median < (0.05 if is_proof else 0.5)
+
+
+def test_a_scrape_reads_no_table_that_grows_with_each_write(database, db):
+    """What it costs does not depend on how much was written: it looks neither at the pairs nor at the events."""
+    add_pairs(db, 200)
+    db.execute("select pg_stat_force_next_flush()")
+    collector = LevelSyncCollector(Reader(database.dsn))
+
+    def reads() -> list[tuple[object, ...]]:
+        return db.execute(
+            "select relname, seq_tup_read, idx_tup_fetch from pg_stat_user_tables"
+            " where relname in ('specialization_progress', 'user_licenses', 'sync_events') order by 1"
+        ).fetchall()
+
+    before = reads()
+    for _ in range(3):
+        assert scraped(collector)["level_sync_up"] == 1
+    wait_until(
+        lambda: (
+            db.execute(
+                "select count(*) from pg_stat_activity"
+                " where datname = current_database() and backend_type = 'client backend'"
+            ).fetchone()
+            == (1,)
+        )
+    )  # a session tells its figures when it ends
+    assert reads() == before
+    collector.reader.scan()
+    wait_until(lambda: reads() != before)

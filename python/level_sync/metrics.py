@@ -22,44 +22,83 @@ from prometheus_client.registry import Collector
 from level_sync.database import queries
 from level_sync.scan import Reader
 
+ACTIONS = ("update_license", "create_license", "update_progress", "create_progress")
+# In seconds: how long a scrape waits for the connection, where it has figures to tell again and where it has none
+# (Prometheus gives up after 10); how old those may be.
+BRIEFLY, PATIENCE, FRESH_FOR = 0.2, 4, 30
+
 log = logging.getLogger("level_sync")
 
 
 class LevelSyncCollector(Collector):
     """What stands in level_sync now, and what the last scan of its reader found.
 
-    A database that does not answer is level_sync_up 0, with the reason in the log; never an exception.
+    A database that does not answer is level_sync_up 0, with the reason in the log; never an exception, and never later
+    than Prometheus waits for.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, scan_interval: float | None = None) -> None:
+        """Seconds between two scans; None where this is asked only once."""
         self.reader = reader
+        self.scan_interval = scan_interval
         self.is_up = True
         self._latest: list[GaugeMetricFamily] = []
+        self._latest_at = float("-inf")
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         # While a scan has the connection, the figures of the last scrape are told again rather than waited for.
-        if self.reader.is_connected.acquire(blocking=not self._latest):
+        is_fresh = self.is_up and time.monotonic() - self._latest_at < self._fresh_for()
+        if self.reader.is_connected.acquire(timeout=BRIEFLY if is_fresh else PATIENCE):
             try:
                 self._latest = list(self._read())
+                self._latest_at = time.monotonic()
             finally:
                 self.reader.is_connected.release()
-        yield from self._latest
+            yield from self._latest
+        elif is_fresh:
+            yield from self._latest
+        else:
+            self._tell_down("the scan of all pairs has had no answer for a long time")
+            yield from self._told_first()
+
+    def refresh(self) -> bool:
+        """Reads what a scrape during a long scan will tell. Returns whether the database is up."""
+        list(self.collect())
+        return self.is_up
+
+    def _fresh_for(self) -> float:
+        """A scan may take long because there are many pairs, or because the server hangs: the last one tells."""
+        scan = self.reader.last_scan
+        return max(FRESH_FOR, 2 * scan.duration if scan else 0)
 
     def _read(self) -> Iterator[GaugeMetricFamily]:
-        yield gauge("build_info", "Version of this exporter's package.", {(version("level-sync"),): 1}, "version")
         try:
             with self.reader.connection() as connection:
                 figures = list(self._figures(connection))
+            self.is_up = True
         except psycopg.Error as error:
-            if self.is_up:
-                log.warning("level_sync_up 0: %s", str(error).strip())
+            self._tell_down(str(error).strip())
             figures = []
-        self.is_up = bool(figures)
-        yield gauge("up", "1 where level_sync could be read; 0 with the reason in the log.", {(): self.is_up})
-        yield gauge("collected_timestamp_seconds", "When these figures were read.", {(): time.time()})
+        yield from self._told_first()
         yield from figures
         if self.is_up:
             yield from self._scanned()
+
+    def _tell_down(self, reason: str) -> None:
+        if self.is_up:
+            log.warning("level_sync_up 0: %s", reason)
+        self.is_up = False
+
+    def _told_first(self) -> Iterator[GaugeMetricFamily]:
+        yield gauge("build_info", "Version of this exporter's package.", {(version("level-sync"),): 1}, "version")
+        yield gauge("up", "1 where level_sync could be read; 0 with the reason in the log.", {(): self.is_up})
+        yield gauge("collected_timestamp_seconds", "When these figures were read.", {(): time.time()})
+        if self.scan_interval is not None:
+            yield gauge(
+                "scan_interval_seconds",
+                "Between two scans of all pairs; one may come sooner.",
+                {(): self.scan_interval},
+            )
 
     def _figures(self, connection: psycopg.Connection[Any]) -> Iterator[GaugeMetricFamily]:
         yield gauge(
@@ -92,10 +131,11 @@ class LevelSyncCollector(Collector):
             "status",
         )
         last: dict[str, Any] = queries.last_runs(connection)
+        self.reader.heed_run(last["ended_at"] and float(last["ended_at"]))
         yield gauge(
             "last_run_status",
-            "1 for the status of the last run that was not skipped or dry, 0 for the others.",
-            {(status,): float(status == last["status"]) for status in runs},
+            "1 for the status of the last run that has ended and was neither skipped nor dry, 0 for the others.",
+            {(status,): float(status == last["status"]) for status in runs if status not in ("running", "skipped")},
             "status",
         )
         if last["success_at"] is not None:
@@ -105,35 +145,36 @@ class LevelSyncCollector(Collector):
                 {(): last["success_at"]},
             )
         if last["duration_seconds"] is not None:
-            yield gauge("last_run_duration_seconds", "How long the last run took.", {(): last["duration_seconds"]})
+            yield gauge(
+                "last_run_duration_seconds", "How long the run of last_run_status took.", {(): last["duration_seconds"]}
+            )
         yield gauge(
-            "last_run_pairs",
-            "Pairs that the last run meant to repair, by action.",
-            {(action,): pairs for action, pairs in last["actions"].items()},
+            "last_run_repairs",
+            "Pairs that the run of last_run_status has repaired, by action.",
+            {(action,): last["repairs"].get(action, 0) for action in ACTIONS},
             "action",
-        )
-        yield gauge(
-            "recent_events",
-            "Events of the last five minutes: levels carried, rows created, repairs, undone repairs.",
-            {(row["action"], row["source"]): row["events"] for row in queries.recent_events(connection)},
-            "action",
-            "source",
         )
 
     def _scanned(self) -> Iterator[GaugeMetricFamily]:
-        if self.reader.last_scan is None:
+        scan = self.reader.last_scan
+        if scan is None:
             return
         yield gauge(
             "desync_pairs",
             "Pairs whose sides differed at the last scan.",
-            {(row["issue_type"], row["specialization"]): row["pairs"] for row in self.reader.last_scan.desyncs},
+            {(row["issue_type"], row["specialization"]): row["pairs"] for row in scan.desyncs},
             "issue_type",
             "specialization",
         )
-        yield gauge("scan_timestamp_seconds", "When the last scan of all pairs began.", {(): self.reader.last_scan.at})
         yield gauge(
-            "scan_duration_seconds", "How long the last scan of all pairs took.", {(): self.reader.last_scan.duration}
+            "recent_events",
+            "Events of the five minutes before the last scan: levels carried, rows created, repairs, undone repairs.",
+            {(row["action"], row["source"]): row["events"] for row in scan.events},
+            "action",
+            "source",
         )
+        yield gauge("scan_timestamp_seconds", "When the last scan of all pairs began.", {(): scan.at})
+        yield gauge("scan_duration_seconds", "How long the last scan of all pairs took.", {(): scan.duration})
 
 
 def gauge(name: str, meaning: str, values: dict[tuple[str, ...], Any], *labels: str) -> GaugeMetricFamily:
@@ -149,9 +190,10 @@ def serve(
 ) -> None:
     """Answers scrapes, and looks at every pair each scan_interval seconds, until stop is set. Raises OSError."""
     reader = Reader(dsn)
-    server, thread = start_http_server(port, host, registry_of(LevelSyncCollector(reader)))
+    collector = LevelSyncCollector(reader, scan_interval)
+    server, thread = start_http_server(port, host, registry_of(collector))
     is_ready()
-    reader.keep_scanning(scan_interval)
+    reader.keep_scanning(scan_interval, collector.refresh)
     stop.wait()
     server.shutdown()
     server.server_close()

@@ -243,26 +243,31 @@ select known.status, count(sync_log.run_id) as runs
  group by known.status
 
 -- name: last_runs()^
+-- Not judged: a run at work, and one that found another at work.
 select (select extract(epoch from max(job_start))
           from level_sync.sync_log
          where status in ('success', 'partial') and not dry_run) as success_at,
+       (select extract(epoch from max(job_end)) from level_sync.sync_log where not dry_run) as ended_at,
        latest.status,
        latest.duration_seconds,
-       coalesce(latest.results -> 'actions', '{}') as actions
+       coalesce(latest.results -> 'repairs', '{}') as repairs
   from (values (1)) as one
   left join lateral (
     select status, duration_seconds, results
       from level_sync.sync_log
-     where not dry_run and status <> 'skipped'
+     where not dry_run and status not in ('running', 'skipped')
      order by run_id desc
      limit 1) as latest on true
 
 -- name: recent_events()
--- The BRIN index on occurred_at finds them however long the table is.
-select action, source, count(*) as events
-  from level_sync.sync_events
- where occurred_at > clock_timestamp() - interval '5 minutes'
- group by action, source
+-- The BRIN index on occurred_at finds them however long the table is; after a bulk write they may be many.
+select action, source, coalesce(recent.events, 0) as events
+  from unnest(array['created', 'updated', 'deleted']) as known_action (action)
+ cross join unnest(array['trigger', 'reconcile', 'manual', 'undo']) as known_source (source)
+  left join (select action, source, count(*) as events
+               from level_sync.sync_events
+              where occurred_at > clock_timestamp() - interval '5 minutes'
+              group by action, source) as recent using (action, source)
 
 -- name: check_live()
 select name, ok, detail, hint from level_sync._check_live()

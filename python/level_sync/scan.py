@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from level_sync.database import connect, queries
 # In seconds: until connected; for what a page or a scrape reads; for a look at every pair.
 CONNECT_TIMEOUT, READ_TIMEOUT, SCAN_TIMEOUT = 5, 5, 120
 LOCK_TIMEOUT = "1s"
+RETRY_AFTER = 15  # seconds until the scan after one that failed
+REST = 10  # times as long as it took is the server left in peace after a scan
 
 log = logging.getLogger("level_sync")
 
@@ -60,6 +62,7 @@ class Scan:
     duration: float
     desyncs: list[dict[str, Any]]
     checks: list[verification.Check]
+    events: list[dict[str, Any]]
 
 
 class Reader:
@@ -70,6 +73,8 @@ class Reader:
         self.last_scan: Scan | None = None
         self.scan_error: str | None = None  # why the latest attempt has found nothing out
         self.is_connected = threading.Lock()
+        self._is_scan_wanted = threading.Event()
+        self._run_ended_at: float | None = None
 
     @contextmanager
     def connection(self) -> Iterator[psycopg.Connection[dict[str, Any]]]:
@@ -85,23 +90,35 @@ class Reader:
                 with short_connection(self.dsn, SCAN_TIMEOUT) as connection:
                     desyncs = list(queries.count_desyncs(connection))
                     checks = verification.checks_of(connection, self.dsn)
+                    events = list(queries.recent_events(connection))
             except psycopg.Error as error:
                 self.scan_error = str(error).strip()
                 log.warning("no scan of all pairs: %s", self.scan_error)
                 return False
             self.scan_error = None
-            self.last_scan = Scan(began, time.time() - began, desyncs, checks)
+            self.last_scan = Scan(began, time.time() - began, desyncs, checks, events)
             return True
 
-    def keep_scanning(self, interval: float) -> None:
-        """Begins a scan each interval seconds, in a thread that ends with the process."""
+    def keep_scanning(self, interval: float, is_worthwhile: Callable[[], bool] = lambda: True) -> None:
+        """Scans each interval seconds, in a thread that ends with the process; sooner where one failed or is wanted."""
 
         def scan_again_and_again() -> None:
             while True:
-                self.scan()
-                time.sleep(interval)
+                is_worth_it = is_worthwhile()
+                self._is_scan_wanted.clear()
+                began = time.monotonic()
+                is_made = is_worth_it and self.scan()
+                rest = min(interval, REST * (time.monotonic() - began))
+                time.sleep(rest)
+                self._is_scan_wanted.wait((interval if is_made else min(interval, RETRY_AFTER)) - rest)
 
         threading.Thread(target=scan_again_and_again, daemon=True).start()
+
+    def heed_run(self, ended_at: float | None) -> None:
+        """Brings the next scan forward where a run has ended that was not known: what it healed is red no longer."""
+        if ended_at != self._run_ended_at and self.last_scan is not None:
+            self._is_scan_wanted.set()
+        self._run_ended_at = ended_at
 
     def checks(self, quick: list[dict[str, Any]]) -> list[verification.Check]:
         """The quick checks as they are now, and what only the last scan could see."""
