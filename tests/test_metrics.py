@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -23,12 +23,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, delete, set_level, wait_until
 from command_line import run
-from conftest import CONFIGURATION, dsn_of, free_port, temporary_directory
-from level_sync import cli, install, metrics
+from conftest import dsn_of, free_port
+from frozen_server import freeze, private_server, processes, thaw
+from level_sync import cli, metrics
 from level_sync import verify as verification
 from level_sync.metrics import LevelSyncCollector, registry_of
 from level_sync.scan import Reader
-from level_sync.servers import EmbeddedServer
+
+__all__ = ["private_server"]  # a fixture
 
 pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 
@@ -373,37 +375,6 @@ def test_the_exporter_holds_one_connection_at_most_and_none_between(database, db
 def test_it_listens_on_this_machine_alone_unless_told_otherwise():
     options = {option.name: option.default for option in typer.main.get_command(cli.app).commands["exporter"].params}
     assert options["listen"] == "127.0.0.1:9930"
-
-
-@pytest.fixture
-def private_server():
-    """A migrated server of this test's own, to be frozen."""
-    with temporary_directory() as parent:
-        server = EmbeddedServer(parent / "server")
-        server.create(CONFIGURATION)
-        try:
-            install.migrate(dsn_of(server, "postgres"))
-            yield server
-        finally:
-            server.stop()
-
-
-def processes(server: EmbeddedServer) -> list[int]:
-    """Process ids of a server, the postmaster's first."""
-    postmaster = int((server.directory / "postmaster.pid").read_text().split("\n")[0])
-    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text()
-    return [postmaster, *map(int, children.split())]
-
-
-def freeze(server: EmbeddedServer) -> None:
-    for pid in processes(server):
-        os.kill(pid, signal.SIGSTOP)
-
-
-def thaw(server: EmbeddedServer) -> None:
-    for pid in reversed(processes(server)):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 def test_a_scrape_costs_little_however_many_pairs_there_are_and_were_just_written(

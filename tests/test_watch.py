@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import smtplib
 import socket
@@ -12,7 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -22,9 +24,11 @@ import pytest
 from academy import PROGRESS, add_pair, bypass, set_level, wait_until
 from command_line import run
 from conftest import CONFIGURATION, dsn_of, temporary_directory
+from frozen_server import freeze, private_server, thaw
 from level_sync import install
 from level_sync import verify as verification
 from level_sync import watch as alarm
+from level_sync.scan import SCAN_TIMEOUT
 from level_sync.servers import EmbeddedServer
 from level_sync.verify import Check
 from level_sync.watch import Channel, Message, Watch, by_command, by_email, by_webhook, tell_systemd
@@ -32,6 +36,8 @@ from level_sync.watch import Channel, Message, Watch, by_command, by_email, by_w
 UNIT = Path(__file__).resolve().parent.parent / "docker" / "systemd" / "level-sync-watch.service"
 BAD = Check("triggers", False, "license_level_changed is disabled", "Run level-sync migrate.")
 GOOD = Check("triggers", True, "fine", "")
+
+__all__ = ["private_server"]  # a fixture
 
 pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 
@@ -90,7 +96,10 @@ def test_red_is_told_once_and_green_once():
         watch.judge([check])
     assert [names(message) for message in told] == [(["triggers"], []), ([], ["triggers"]), (["triggers"], [])]
     assert told[0].subject == "level_sync in academy at db: RED triggers"
-    assert told[0].text == "RED triggers: license_level_changed is disabled\n    Run level-sync migrate."
+    assert told[0].text == (
+        "RED triggers: license_level_changed is disabled\n    Run level-sync migrate.\n"
+        "    docker/RUNBOOK.md, section LevelSyncTriggersOrFunctionsChanged"
+    )
     assert told[1].subject == "level_sync in academy at db: green again triggers"
 
 
@@ -238,6 +247,64 @@ def test_a_command_that_hangs_is_killed_with_its_children(monkeypatch, tmp_path)
     )
 
 
+@contextmanager
+def dripping() -> Iterator[int]:
+    """A server that answers one byte each tenth of a second, for ever, whatever it is asked."""
+    is_over = threading.Event()
+
+    def drip(line: socket.socket) -> None:
+        with line, suppress(OSError):
+            while not is_over.wait(0.1):
+                line.sendall(b"2")
+
+    def answer() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=[listener.accept()[0]], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, daemon=True).start()
+        yield listener.getsockname()[1]
+        is_over.set()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("kind", ["webhook", "mail"])
+def test_a_channel_whose_answer_drips_is_cut_and_no_other_waits_for_it(monkeypatch, kind):
+    monkeypatch.setattr(alarm, "SEND_TIMEOUT", 2)
+    told_at: list[float] = []
+    with dripping() as port:
+        slow = (
+            by_webhook(f"http://127.0.0.1:{port}/")
+            if kind == "webhook"
+            else by_email("a@example.org", "b@example.org", f"127.0.0.1:{port}")
+        )
+        watch = Watch(
+            "", [slow, Channel("test", "test", lambda _: told_at.append(time.monotonic()))], interval=60, patience=30
+        )
+        began = time.monotonic()
+        watch.judge([BAD])
+        assert told_at[0] - began < 1.5
+        assert time.monotonic() - began < 20
+        wait_until(lambda: not any(thread.is_alive() for thread in watch._sending.values()))
+    assert [key for key, _ in watch.unsent] == [slow.key]
+
+
+def test_a_channel_that_hangs_is_left_to_itself_and_gets_the_message_once(monkeypatch):
+    monkeypatch.setattr(alarm, "SEND_TIMEOUT", -4.8)
+    let_go = threading.Event()
+    slowly: list[Message] = []
+    told: list[Message] = []
+    slow = Channel("slow", "slow", lambda message: (let_go.wait(60), slowly.append(message)))
+    watch = Watch("", [slow, into(told)], interval=60, patience=30)
+    for check in (BAD, BAD, GOOD):
+        watch.judge([check])
+    assert (len(told), len(slowly)) == (2, 0)
+    let_go.set()
+    wait_until(lambda: watch.unsent == [])
+    assert [names(message) for message in slowly] == [(["triggers"], []), ([], ["triggers"])]
+
+
 def test_a_storm_of_notifications_makes_no_storm_of_checks(database, db, monkeypatch):
     monkeypatch.setattr(alarm, "SHORTEST_INTERVAL", 2)
     looks: list[float] = []
@@ -252,6 +319,15 @@ def test_a_storm_of_notifications_makes_no_storm_of_checks(database, db, monkeyp
             db.execute("notify level_sync")
             time.sleep(0.05)
     assert 2 <= len(looks) <= 4
+
+
+def test_a_message_of_a_megabyte_makes_no_mail_of_a_megabyte():
+    told: list[Message] = []
+    watch = new_watch(told)
+    for ok in (False, True):
+        watch.judge([Check("queue_dead", ok, "x" * 1_000_000, "")])
+    assert len(told) == 2
+    assert max(len(json.dumps(asdict(message))) for message in told) < 5000
 
 
 def test_a_secret_of_the_dsn_is_in_no_message():
@@ -283,7 +359,7 @@ def test_mail_webhook_and_command_get_the_message(mailbox, tmp_path):
         watch = Watch("dbname=academy host=db", channels, interval=60, patience=30)
         watch.judge([BAD])
     assert watch.unsent == []
-    assert [mail["To"] for mail in box.messages] == ["on-call@example.org", "boss@example.org"]
+    assert sorted(mail["To"] for mail in box.messages) == ["boss@example.org", "on-call@example.org"]
     assert {mail["Subject"] for mail in box.messages} == {"level_sync in academy at db: RED triggers"}
     assert "license_level_changed is disabled" in box.messages[0].get_payload()
     assert received[0]["text"].startswith("level_sync in academy at db: RED triggers\n")
@@ -343,6 +419,48 @@ def test_a_server_that_restarts_is_only_told_when_it_stays_away(request):
             ]
         finally:
             server.stop()
+
+
+def test_a_server_that_hangs_is_told_after_the_patience_and_is_green_again_when_it_goes_on(private_server, caplog):
+    told: list[Message] = []
+    with watching(dsn_of(private_server, "postgres"), told, interval=0.5, patience=1) as watch:
+        wait_until(lambda: told)
+        freeze(private_server)
+        began = time.monotonic()
+        try:
+            wait_until(lambda: "connection" in watch.red)
+            assert time.monotonic() - began < 40  # a statement might take two minutes
+        finally:
+            thaw(private_server)
+        wait_until(lambda: "connection" not in watch.red)
+    assert [names(message) for message in told[1:]] == [(["connection"], []), ([], ["connection"])]
+
+
+def test_checks_that_are_slow_are_no_database_that_is_away(database, db, monkeypatch):
+    monkeypatch.setattr(alarm, "PROMPT", 0.2)
+    look = verification.checks_of
+
+    def slowly(connection, dsn):
+        connection.execute("select pg_sleep(0.6)")
+        return look(connection, dsn)
+
+    monkeypatch.setattr(verification, "checks_of", slowly)
+    told: list[Message] = []
+    with watching(database.dsn, told, patience=0.1):
+        wait_until(lambda: told)
+    assert "connection" not in str([names(message) for message in told])
+
+
+def test_while_it_is_away_the_log_says_so_once(monkeypatch, caplog):
+    stop = threading.Event()
+    watch = Watch("host=/nonexistent", [into([])], interval=0.05, patience=0)
+    thread = threading.Thread(target=watch.run, args=[stop])
+    thread.start()
+    wait_until(lambda: "connection" in watch.red)
+    time.sleep(1)
+    stop.set()
+    thread.join(20)
+    assert sum("no look at level_sync" in message for message in caplog.messages) == 1
 
 
 def test_it_tells_systemd_that_it_lives(database, db, monkeypatch, tmp_path):
@@ -422,4 +540,32 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path):
     except FileNotFoundError:
         pytest.skip("no systemd here")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "WatchdogSec=" in text
+
+
+def unit() -> dict[str, str]:
+    return dict(line.split("=", 1) for line in UNIT.read_text().splitlines() if "=" in line and line[0] not in "#[")
+
+
+def test_the_unit_starts_it_again_whenever_it_dies_or_hangs():
+    assert (unit()["Type"], unit()["NotifyAccess"], unit()["Restart"]) == ("notify", "main", "always")
+    assert unit()["StartLimitIntervalSec"] == "0"  # however often
+    minutes = int(unit()["WatchdogSec"].removesuffix("min"))
+    # A look that hangs may take its limit and then the longest, and messages theirs, between two signs of life.
+    assert 2 * SCAN_TIMEOUT + alarm.SEND_TIMEOUT < minutes * 60 <= 600
+
+
+@pytest.mark.parametrize(("result", "is_told"), [("watchdog", True), ("exit-code", True), ("success", False)])
+def test_its_end_is_told_through_the_channels_as_they_were_quoted(tmp_path, result, is_told):
+    """As systemd calls it: quotes of the line and of WATCH_OPTIONS are heeded, a variable that is a word is split."""
+    options = f"""--exec 'cat > "{tmp_path}/the message"'"""
+    words: list[str] = []
+    for word in shlex.split(unit()["ExecStopPost"]):
+        words += shlex.split(options) if word == "$WATCH_OPTIONS" else [word]
+    level_sync = str(Path(sys.executable).with_name("level-sync"))
+    words = [level_sync if word.endswith("/bin/level-sync") else word for word in words]
+    environment = {"PATH": "/usr/bin:/bin", "SERVICE_RESULT": result, "WATCH_OPTIONS": options}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "the message").exists() == is_told
+    if is_told:
+        assert f"has ended ({result})" in json.loads((tmp_path / "the message").read_text())["subject"]

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from email.message import EmailMessage
 from pathlib import Path
@@ -26,10 +26,13 @@ import psycopg
 
 from level_sync import verify as verification
 from level_sync.database import connect, queries, read_dsn
+from level_sync.runbook import section_of
 from level_sync.scan import CONNECT_TIMEOUT, LOCK_TIMEOUT, SCAN_TIMEOUT, cut_after
 from level_sync.verify import Check
 
-SEND_TIMEOUT = 30  # seconds
+SEND_TIMEOUT = 30  # seconds for one message, however many bytes come meanwhile
+PROMPT = 5  # seconds that every look may take, however little patience there is
+LONGEST_DETAIL = 1000  # characters of what a check has found
 SHORTEST_INTERVAL = 5  # seconds between two checks, however many runs end
 MESSAGES_KEPT = 100
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -64,6 +67,27 @@ def key_of(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+@contextmanager
+def cut_off(seconds: float) -> Iterator[list[Any]]:
+    """Cuts what the body opens, things with a `sock`, when the time is over: a timeout of theirs is for each read."""
+    opened: list[Any] = []
+    is_over = threading.Event()
+
+    def cut() -> None:
+        wait = seconds
+        while not is_over.wait(wait):
+            wait = 1  # what is still connecting is cut as soon as it has connected
+            for line in opened:
+                with suppress(OSError, AttributeError):
+                    line.sock.shutdown(socket.SHUT_RDWR)
+
+    threading.Thread(target=cut, daemon=True).start()
+    try:
+        yield opened
+    finally:
+        is_over.set()
+
+
 def by_email(recipient: str, sender: str, server: str) -> Channel:
     """Mails through HOST[:PORT], an IPv6 host in brackets; encrypted where the server offers STARTTLS.
 
@@ -84,7 +108,7 @@ def by_email(recipient: str, sender: str, server: str) -> Channel:
         mail = EmailMessage()
         mail["Subject"], mail["From"], mail["To"] = message.subject, sender, recipient
         mail.set_content(message.text)
-        with smtplib.SMTP(host, port, timeout=SEND_TIMEOUT) as smtp:
+        with cut_off(SEND_TIMEOUT) as opened, _Mailing(opened, host, port) as smtp:
             smtp.ehlo()
             is_safe = host in LOOPBACK
             if smtp.has_extn("starttls"):
@@ -103,6 +127,29 @@ def by_email(recipient: str, sender: str, server: str) -> Channel:
     return Channel(f"mail to {recipient}", key_of("email", recipient, server), send)
 
 
+class _Mailing(smtplib.SMTP):
+    """Is among what has been opened before the first answer is read."""
+
+    def __init__(self, opened: list[Any], host: str, port: int) -> None:
+        opened.append(self)
+        super().__init__(host, port, timeout=SEND_TIMEOUT)
+
+
+class _Opening(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """HTTP and HTTPS, with its connections among what has been opened."""
+
+    def __init__(self, opened: list[Any]) -> None:
+        super().__init__()
+        self.opened = opened
+
+    def do_open(self, http_class: Any, req: urllib.request.Request, **http_conn_args: Any) -> Any:
+        def connection(*given: Any, **named: Any) -> Any:
+            self.opened.append(http_class(*given, **named))
+            return self.opened[-1]
+
+        return super().do_open(connection, req, **http_conn_args)
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A POST that is sent elsewhere becomes a GET without its body: that is no delivery."""
 
@@ -115,13 +162,13 @@ def by_webhook(url: str) -> Channel:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
         raise ChannelError("a webhook is a URL that begins with http:// or https://, and has no space in it")
-    opener = urllib.request.build_opener(_NoRedirect)
 
     def send(message: Message) -> None:
         body = json.dumps({**asdict(message), "text": f"{message.subject}\n{message.text}"}).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310
-        with opener.open(request, timeout=SEND_TIMEOUT):
-            pass
+        with cut_off(SEND_TIMEOUT) as opened:
+            opener = urllib.request.build_opener(_NoRedirect, _Opening(opened))
+            opener.open(request, timeout=SEND_TIMEOUT).close()
 
     return Channel(f"webhook at {parts.hostname}", key_of("webhook", url), send)
 
@@ -171,6 +218,8 @@ class Watch:
         self.state = state
         self.red: dict[str, Check] = {}
         self.unsent: list[tuple[str, Message]] = []
+        self._is_changing = threading.Lock()
+        self._sending: dict[str, threading.Thread] = {}
         if state is not None and state.exists():
             try:
                 kept = json.loads(state.read_text(encoding="utf-8"))
@@ -182,30 +231,43 @@ class Watch:
     def run(self, stop: threading.Event) -> None:
         """Watches until stop is set. A lost connection is made again, forever."""
         away_since: float | None = None
+        told = ""
+        limit = max(PROMPT, self.patience)
         while not stop.is_set():
             tell_systemd("READY=1\nWATCHDOG=1")
+            began = time.monotonic()
+            is_connected = False
             try:
                 with self._listening() as connection:
+                    is_connected = True
                     while not stop.is_set():
                         tell_systemd("WATCHDOG=1")
-                        with cut_after(connection, SCAN_TIMEOUT + 3):
+                        began = time.monotonic()
+                        with cut_after(connection, limit + 3):
+                            queries.limit_waits(connection, statement_timeout=f"{limit}s", lock_timeout=LOCK_TIMEOUT)
                             checks = verification.checks_of(connection, self.dsn)
-                        away_since = None
+                        limit = min(SCAN_TIMEOUT, max(PROMPT, self.patience, 2 * (time.monotonic() - began)))
+                        away_since, told = None, ""
                         self.judge(checks)
                         self._wait_for_a_run(connection, stop)
             except psycopg.Error as error:
-                away_since = away_since or time.monotonic()
-                log.warning("no look at level_sync: %s", str(error).strip())
+                away_since = away_since or began
+                reason = str(error).strip()
+                if reason != told:
+                    log.warning("no look at level_sync: %s", reason)
+                    told = reason
+                if is_connected and limit < SCAN_TIMEOUT:
+                    limit = SCAN_TIMEOUT  # where a new connection is answered, the look was only slow
+                    continue
                 if time.monotonic() - away_since >= self.patience:
                     hint = "Look whether the server runs, and whether this role may connect and is a reader."
-                    self.judge([Check("connection", False, str(error).strip(), hint)], is_complete=False)
+                    self.judge([Check("connection", False, reason, hint)], is_complete=False)
                 stop.wait(min(self.interval, max(self.patience / 4, 0.2)))
 
     @contextmanager
     def _listening(self) -> Iterator[psycopg.Connection[dict[str, Any]]]:
         with connect(self.dsn, connect_timeout=str(CONNECT_TIMEOUT)) as connection:
             with cut_after(connection, CONNECT_TIMEOUT):
-                queries.limit_waits(connection, statement_timeout=f"{SCAN_TIMEOUT}s", lock_timeout=LOCK_TIMEOUT)
                 try:
                     queries.listen(connection)
                 except psycopg.errors.ReadOnlySqlTransaction:
@@ -228,37 +290,48 @@ class Watch:
         # A check that is gone, such as one of a job that was removed, is not red any more.
         turned_green = [check for name, check in self.red.items() if is_complete and name not in now_red]
         if turned_red or turned_green:
-            self.red = {**({} if is_complete else self.red), **now_red}
             message = message_of(database_of(self.dsn), turned_red, turned_green)
-            self.unsent = [*self.unsent, *((key, message) for key in self.channels)][-MESSAGES_KEPT:]
-            self._keep()
+            with self._is_changing:
+                self.red = {**({} if is_complete else self.red), **now_red}
+                self.unsent = [*self.unsent, *((key, message) for key in self.channels)][-MESSAGES_KEPT:]
+                self._keep()
         self.send()
 
     def say(self, text: str) -> bool:
         """Sends a text to everybody. Returns whether all could be reached."""
         subject = " ".join(text.split())
         self.unsent = [(key, Message(subject, text)) for key in self.channels]
-        self.send(is_kept=False)
+        self.send()
         return not self.unsent
 
-    def send(self, *, is_kept: bool = True) -> None:
-        """Sends what is not sent yet; what cannot be sent now is tried again with the next check."""
-        failing: set[str] = set()
-        for key, message in list(self.unsent):
-            if key in failing:
-                continue  # its messages stay in their order
-            tell_systemd("WATCHDOG=1")
-            channel = self.channels[key]
+    def send(self) -> None:
+        """Sends what is not sent yet, through all channels at once; what cannot be sent now is tried again later.
+
+        A channel that takes longer than one message may is left to itself: no other one waits, nor does the next check.
+        """
+        for key in {key for key, _ in self.unsent}:
+            if key not in self._sending or not self._sending[key].is_alive():
+                self._sending[key] = threading.Thread(target=self._send_through, args=[key], daemon=True)
+                self._sending[key].start()
+        deadline = time.monotonic() + SEND_TIMEOUT + 5
+        for thread in self._sending.values():
+            while thread.is_alive() and time.monotonic() < deadline:
+                tell_systemd("WATCHDOG=1")
+                thread.join(1)
+
+    def _send_through(self, key: str) -> None:
+        """Sends what waits for one channel, in its order, up to what fails."""
+        channel = self.channels[key]
+        while waiting := [message for to, message in self.unsent if to == key]:
             try:
-                channel.send(message)
+                channel.send(waiting[0])
             except Exception as error:  # whatever one channel answers, the others are told
                 # Not the error's text of an HTTP library: a webhook's address is a secret.
                 reason = type(error).__name__ if channel.name.startswith("webhook") else str(error)
-                log.warning("not sent, tried again later: %s: %s: %s", channel.name, message.subject, reason)
-                failing.add(key)
-                continue
-            self.unsent.remove((key, message))
-            if is_kept:
+                log.warning("not sent, tried again later: %s: %s: %s", channel.name, waiting[0].subject, reason)
+                return
+            with self._is_changing, suppress(ValueError):  # the oldest of too many may be gone
+                self.unsent.remove((key, waiting[0]))
                 self._keep()
 
     def _keep(self) -> None:
@@ -296,7 +369,19 @@ def message_of(where: str, red: Sequence[Check], green: Sequence[Check]) -> Mess
         parts.append("RED " + ", ".join(check.name for check in red))
     if green:
         parts.append("green again " + ", ".join(check.name for check in green))
-    lines = [f"RED {check.name}: {check.detail}\n    {check.hint}" for check in red]
-    lines += [f"green again {check.name} (it was: {check.detail})" for check in green]
+    lines = [f"RED {check.name}: {short(check.detail)}\n    {check.hint}{more(check)}" for check in red]
+    lines += [f"green again {check.name} (it was: {short(check.detail)})" for check in green]
     subject = " ".join(f"level_sync in {where}: {'; '.join(parts)}".split())
-    return Message(subject, "\n".join(lines), [check.as_json() for check in red], [check.as_json() for check in green])
+    found = [[{**check.as_json(), "detail": short(check.detail)} for check in checks] for checks in (red, green)]
+    return Message(subject, "\n".join(lines), *found)
+
+
+def short(text: str) -> str:
+    """A mail is no place for a message of a megabyte."""
+    return text if len(text) <= LONGEST_DETAIL else text[:LONGEST_DETAIL] + " ... (cut here)"
+
+
+def more(check: Check) -> str:
+    """Where the runbook says more of a check."""
+    section = section_of(check.name, check.detail)
+    return f"\n    docker/RUNBOOK.md, section {section}" if section else ""
