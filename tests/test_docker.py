@@ -143,6 +143,16 @@ def test_monitoring_is_optional_and_its_parts_find_each_other():
     assert "'/opt/level_sync/source[metrics]'" in (DOCKER / "Dockerfile").read_text()
 
 
+def test_monitor_can_be_made_after_the_first_start_as_the_header_says_and_the_exporter_is_not_root():
+    text = (DOCKER / "compose.yml").read_text()
+    assert re.search(r"exec --env MONITOR_PASSWORD=\.\.\. database (\S+)", text)[1] == (
+        "/docker-entrypoint-initdb.d/20_monitor.sh"
+    )
+    assert (DOCKER / "initdb.d" / "20_monitor.sh").exists()
+    exporter = text[text.index("\n  exporter:") : text.index("\n  prometheus:")]
+    assert re.search(r'^    user: "(\d+):\d+"$', exporter, re.MULTILINE)[1] != "0"
+
+
 def test_image_copies_what_exists_and_runs_the_scripts_that_are_there():
     text = (DOCKER / "Dockerfile").read_text()
     for sources in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):

@@ -12,11 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from academy import LICENSE, PROGRESS, add_pair, bypass, configure, drain, set_level
 from command_line import run
 from conftest import dsn_of, free_port
+from level_sync import schedule
+from level_sync.runbook import SECTIONS as SECTION_OF
+from level_sync.runbook import section_of
 from level_sync.servers import has_extension, system_binaries
 
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
@@ -27,10 +31,13 @@ pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
 
 @dataclass
 class Section:
-    """What the runbook says of one alert: the checks it stands for, and the code of each step by its language."""
+    """What the runbook says of one alert: the checks it stands for, and the code of each step with its language.
+
+    Where the cause decides what to do, that step has several.
+    """
 
     checks: list[str]
-    steps: dict[str, tuple[str, str]]
+    steps: dict[str, list[tuple[str, str]]]
     wants_no_row: bool
 
 
@@ -41,8 +48,7 @@ def sections() -> dict[str, Section]:
         checks = re.search(r"^Checks?: (.*)\.$", part, re.MULTILINE)
         steps = {}
         for step, text in re.findall(r"\*\*(Look|Do|See that it worked)\*\*(.*?)(?=\n\*\*|\Z)", part, re.DOTALL):
-            language, code = re.search(r"```(\w+)\n(.*?)```", text, re.DOTALL).groups()
-            steps[step] = (language, code)
+            steps[step] = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
         found[alert] = Section(
             re.findall(r"`([\w ]+)", checks[1]) if checks else [], steps, "**See that it worked**: no row." in part
         )
@@ -125,6 +131,17 @@ def database_unreachable(operator, db):
     db.execute("select level_sync._revoke_from(%s)", [operator.role])
 
 
+def not_installed(operator, db):
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    db.execute("drop schema level_sync cascade")
+
+
+def locked(operator, db):
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    blocker = operator.database.connect(autocommit=False)
+    blocker.execute("lock table level_sync.sync_log in access exclusive mode")
+
+
 def run_failed(operator, db):
     differ(db)
     remove_cause = refuse_level_5(db)
@@ -178,19 +195,79 @@ def triggers_or_functions_changed(operator, db):
     )
 
 
-def schedule_broken(operator, db):
+def needs_cron(operator) -> str:
+    """The dsn of the database of pg_cron."""
     if not (operator.database.server.name == "system" and has_extension(system_binaries(), "pg_cron")):
         pytest.skip("this server has no pg_cron")
+    operator.goes_home = lambda: schedule.unschedule(operator.database.dsn)
+    return dsn_of(operator.database.server, "cron_home")
+
+
+def never_scheduled(operator, db):
+    needs_cron(operator)
     db.execute(
         "insert into level_sync.sync_log (status, dry_run, started_by, job_start, backend_pid)"
         " values ('running', false, 'cron', now() - interval '1 hour', 1)"
     )
 
 
-def orphans(operator, db):
+def one_job_missing(operator, db):
+    cron_home = needs_cron(operator)
+    schedule.schedule(operator.database.dsn)
+    with psycopg.connect(cron_home, autocommit=True) as cron:
+        cron.execute(
+            "delete from cron.job where database = %s and jobname like 'level_sync_maintain%%'",
+            [operator.database.name],
+        )
+
+
+def job_failing(operator, db):
+    """Its next run is not waited for: it is written where pg_cron would write it."""
+    cron_home = needs_cron(operator)
+    schedule.schedule(operator.database.dsn)
+
+    def runs(status: str) -> None:
+        with psycopg.connect(cron_home, autocommit=True) as cron:
+            cron.execute(
+                "insert into cron.job_run_details (jobid, runid, database, username, command, status, return_message,"
+                " start_time, end_time) select jobid, nextval('cron.runid_seq'), database, username, command, %s,"
+                " 'the message', now(), now() from cron.job"
+                " where database = %s and jobname like 'level_sync_reconcile%%'",
+                [status, operator.database.name],
+            )
+
+    runs("failed")
+    return lambda: runs("succeeded")
+
+
+def user_missing(operator, db):
     add_pair(db, 1, level=2)
+    db.execute("update users set name = 'somebody'")
+    db.execute("alter table users alter column name set not null")
     with bypass(db):
         db.execute("delete from users")
+
+
+def specialization_missing(operator, db):
+    add_pair(db, 1, level=2)
+    with bypass(db):
+        db.execute("delete from specializations where id = 'PLAYER'")
+
+
+def foreign_key_missing(operator, db):
+    db.execute("alter table user_licenses drop constraint fk_user_licenses_user")
+
+
+def foreign_key_that_cascades(operator, db):
+    foreign_key_not_validated(operator, db, "cascade")
+
+
+def foreign_key_not_validated(operator, db, rule: str = "restrict"):
+    add_pair(db, 1, level=2)
+    db.execute(
+        "alter table user_licenses drop constraint fk_user_licenses_user, add constraint fk_user_licenses_user"
+        f" foreign key (user_id) references users (id) on delete {rule} not valid"
+    )
 
 
 def rows_hidden(operator, db):
@@ -213,10 +290,9 @@ def rows_hidden(operator, db):
     operator.goes_home = goes_home
 
 
-def scan_stale(operator, db):
+def scan_not_allowed(operator, db):
     operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
     db.execute(f"revoke execute on function level_sync._count_desyncs() from {operator.role}")
-    return lambda: db.execute("select level_sync._grant_to(%s, 'reader')", [operator.role])
 
 
 def test_every_alert_has_a_section_and_every_section_an_alert():
@@ -226,6 +302,7 @@ def test_every_alert_has_a_section_and_every_section_an_alert():
     assert re.findall(r"runbook: RUNBOOK.md#(\w+)", rules) == [alert.lower() for alert in alerts]
     for section in SECTIONS.values():
         assert tuple(section.steps) == STEPS
+        assert [len(section.steps[step]) for step in ("Look", "See that it worked")] == [1, 1]
 
 
 @pytest.mark.servers("system", "embedded")
@@ -235,43 +312,75 @@ def test_every_check_of_verify_is_in_a_section(database):
     assert {check["name"].split(":")[0] for check in checks} <= named
 
 
+# What is broken, and which of the things to do it then takes.
 BREAKS = {
-    "LevelSyncExporterDown": exporter_down,
-    "LevelSyncDatabaseUnreachable": database_unreachable,
-    "LevelSyncRunFailed": run_failed,
-    "LevelSyncNeedsApproval": needs_approval,
-    "LevelSyncNoSuccess": no_success,
-    "LevelSyncDesyncStays": desync_stays,
-    "LevelSyncQueueDead": queue_dead,
-    "LevelSyncQueueStuck": queue_stuck,
-    "LevelSyncTriggersOrFunctionsChanged": triggers_or_functions_changed,
-    "LevelSyncScheduleBroken": schedule_broken,
-    "LevelSyncOrphans": orphans,
-    "LevelSyncRowsHidden": rows_hidden,
-    "LevelSyncScanStale": scan_stale,
+    "LevelSyncExporterDown": [(exporter_down, [0])],
+    "LevelSyncDatabaseUnreachable": [(database_unreachable, [1]), (not_installed, [2]), (locked, [3])],
+    "LevelSyncRunFailed": [(run_failed, [0])],
+    "LevelSyncNeedsApproval": [(needs_approval, [0])],
+    "LevelSyncNoSuccess": [(no_success, [0])],
+    "LevelSyncDesyncStays": [(desync_stays, [0])],
+    "LevelSyncQueueDead": [(queue_dead, [0])],
+    "LevelSyncQueueStuck": [(queue_stuck, [0])],
+    "LevelSyncTriggersOrFunctionsChanged": [(triggers_or_functions_changed, [0])],
+    "LevelSyncScheduleBroken": [(never_scheduled, [0]), (one_job_missing, [0]), (job_failing, [])],
+    "LevelSyncOrphans": [
+        (user_missing, [0]),
+        (specialization_missing, [1]),
+        (foreign_key_missing, [2, 3]),
+        (foreign_key_that_cascades, [2, 3]),
+        (foreign_key_not_validated, [3]),
+    ],
+    "LevelSyncRowsHidden": [(rows_hidden, [0])],
+    "LevelSyncScanStale": [(scan_not_allowed, [0, 1])],
 }
+# Starting and restarting a server; the tests' own is not the machine's.
+NOT_RUN = {("LevelSyncDatabaseUnreachable", 0), ("LevelSyncScheduleBroken", 1)}
+
+
+def test_everything_there_is_to_do_is_done_by_a_test():
+    written = {(alert, number) for alert, section in SECTIONS.items() for number in range(len(section.steps["Do"]))}
+    done = {(alert, number) for alert, cases in BREAKS.items() for _, numbers in cases for number in numbers}
+    assert done == written - NOT_RUN
 
 
 @pytest.mark.parametrize(
-    "alert",
+    ("alert", "breakage", "numbers"),
     [
-        pytest.param(alert, marks=pytest.mark.servers("system") if alert == "LevelSyncScheduleBroken" else ())
-        for alert in SECTIONS
+        pytest.param(
+            *(alert, breakage, numbers),
+            id=f"{alert}-{breakage.__name__}",
+            marks=pytest.mark.servers("system") if alert == "LevelSyncScheduleBroken" else (),
+        )
+        for alert, cases in BREAKS.items()
+        for breakage, numbers in cases
     ],
 )
-def test_its_steps_mend_what_it_is_about(operator, db, alert):
+def test_its_steps_mend_what_it_is_about(operator, db, alert, breakage, numbers):
     section = SECTIONS[alert]
-    remove_cause = BREAKS[alert](operator, db)
-    seen = operator.does(*section.steps["Look"])
+    remove_cause = breakage(operator, db)
+    (look,), (proof,) = section.steps["Look"], section.steps["See that it worked"]
+    seen = operator.does(*look)
     assert seen.returncode == 0, seen.stderr
     assert seen.stdout.strip() != ""
-    not_yet = operator.does(*section.steps["See that it worked"])
+    not_yet = operator.does(*proof)
     assert not_yet.returncode != 0 or (section.wants_no_row and not_yet.stdout != ""), not_yet.stdout
     if remove_cause is not None:
         remove_cause()
-    done = operator.does(*section.steps["Do"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    worked = operator.does(*section.steps["See that it worked"])
+    for number in numbers:
+        done = operator.does(*section.steps["Do"][number])
+        assert done.returncode == 0, done.stdout + done.stderr
+    worked = operator.does(*proof)
     assert worked.returncode == 0, worked.stdout + worked.stderr
     if section.wants_no_row:
         assert worked.stdout == ""
+
+
+def test_a_red_check_is_told_with_the_section_that_names_it():
+    for alert, section in SECTIONS.items():
+        for check in section.checks:
+            name = check.partition(":")[0].strip()
+            assert name in SECTION_OF, name
+            if alert != "LevelSyncNeedsApproval":
+                assert SECTION_OF[name] == alert
+    assert section_of("last_run", "run 7: needs_approval") == "LevelSyncNeedsApproval"
