@@ -174,6 +174,30 @@ def test_partial_run_is_not_good_news(healthy):
     assert health(healthy)["last_run"][0] is False
 
 
+def test_a_run_that_failed_is_not_good_again_because_another_one_is_at_work_or_was_skipped(healthy):
+    healthy.execute(FAILED_RUN)
+    for later in ("('skipped', now())", "('running', null)"):
+        healthy.execute(f"insert into level_sync.sync_log (status, job_end) values {later}")
+        ok, detail, _ = health(healthy)["last_run"]
+        assert (ok, "failed, disk full" in detail) == (False, True)
+
+
+def test_a_desync_that_no_run_will_repair_is_not_said_to_wait_for_the_next_one(healthy):
+    with bypass(healthy):
+        set_level(healthy, PROGRESS, 1, 6)
+    assert "wait for the next run" in health(healthy)["desync"][2]
+    healthy.execute(APPROVAL)
+    assert "approves" in health(healthy)["desync"][2]
+    configure(healthy, conflict_policy="report_only")
+    assert "report_only" in health(healthy)["desync"][2]
+
+
+def test_what_is_found_is_told_in_a_few_words_however_long_the_message(healthy):
+    healthy.execute(DEAD.replace("'no'", "repeat('x', 1000000)"))
+    healthy.execute(FAILED_RUN.replace("'disk full'", "repeat('x', 1000000)"))
+    assert max(len(row[1]) for row in health(healthy).values()) < 1000
+
+
 def test_without_pg_cron_the_schedule_is_red_and_says_what_to_install(database, healthy):
     if isinstance(database.server, SystemServer):
         pytest.skip("this server has pg_cron preloaded")
