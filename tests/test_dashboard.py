@@ -26,9 +26,9 @@ from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, s
 from command_line import run
 from conftest import dsn_of, free_port
 from level_sync import dashboard, metrics, scan, schedule
-from level_sync.dashboard.runbook import section_of
 from level_sync.dashboard.scanning import Scanning
 from level_sync.database import queries
+from level_sync.runbook import section_of
 from level_sync.scan import Reader
 from level_sync.servers import has_extension
 from level_sync.verify import BITS

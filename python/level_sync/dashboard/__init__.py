@@ -30,9 +30,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from level_sync.dashboard import chart as picture
-from level_sync.dashboard.runbook import section_of
 from level_sync.dashboard.scanning import Scanning
 from level_sync.database import queries
+from level_sync.runbook import section_of
 from level_sync.scan import Reader
 
 HERE = Path(__file__).parent
