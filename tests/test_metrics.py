@@ -27,6 +27,7 @@ from conftest import dsn_of, free_port
 from frozen_server import freeze, private_server, processes, thaw
 from level_sync import cli, metrics
 from level_sync import verify as verification
+from level_sync.install import shipped
 from level_sync.metrics import LevelSyncCollector, registry_of
 from level_sync.scan import Reader
 
