@@ -10,11 +10,11 @@ as $$
 declare
   change             constant text := case tg_op when 'INSERT' then 'created' else 'level_changed' end;
   pending            constant text := current_setting('level_sync.pending', true);
-  limits             constant text := current_setting('level_sync.limits', true);
   outer_depth        text;
   outer_lock_timeout text;
   carried_at         timestamptz;
   written_at         public.user_licenses.last_advanced_at%type;
+  limits             text;
   is_refused         boolean := false;
   is_held            boolean;
   subtransactions    text;
@@ -32,6 +32,7 @@ begin
   -- Bulk: the transaction carries a set when it commits, and this pair joins it. Where a transaction has no
   -- subtransaction left to arm that set, the pair stays behind for the drain.
   if pending in ('on', 'lost') or length(current_setting('level_sync.subtransactions', true)) > 56 then
+    limits := current_setting('level_sync.limits', true);
     if (new.current_level between 1 and substr(limits, nullif(strpos(limits, e'\x01' || new.specialization_id || e'\x02'), 0)
                                                        + length(new.specialization_id) + 2, 10)::integer) is true
        or level_sync._is_level_allowed(new.specialization_id, new.current_level)
@@ -44,7 +45,7 @@ begin
     end if;
   end if;
 
-  -- An assignment of an expression is evaluated at once; PERFORM would run a query.
+  -- An assignment of an expression is evaluated at once; PERFORM would run a query. Two in one cost less than two.
   subtransactions := set_config('level_sync.subtransactions', coalesce(current_setting('level_sync.subtransactions', true), '') || '.', true);
   begin
     -- From here on nothing waits longer, not even for the whole table.
@@ -74,8 +75,8 @@ begin
     end if;
 
     outer_depth := current_setting('level_sync.own_depth', true);
-    never_read := set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
-    never_read := set_config('lock_timeout', rule.lock_timeout, true);
+    never_read := set_config('level_sync.own_depth', pg_trigger_depth()::text, true)
+               || set_config('lock_timeout', rule.lock_timeout, true);
 
     if tg_op = 'UPDATE' then
       select license.current_level
@@ -91,8 +92,7 @@ begin
             and license.specialization_type = new.specialization_id;
         if not found then
           -- A missing row is judged at commit: whoever moves both rows may be half way.
-          never_read := set_config('level_sync.own_depth', outer_depth, true);
-          never_read := set_config('lock_timeout', outer_lock_timeout, true);
+          never_read := set_config('level_sync.own_depth', outer_depth, true) || set_config('lock_timeout', outer_lock_timeout, true);
           perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
           return null;
         end if;
@@ -168,8 +168,7 @@ begin
       perform level_sync._refuse_difference(new.student_id, new.specialization_id);
     end if;
 
-    never_read := set_config('level_sync.own_depth', outer_depth, true);
-    never_read := set_config('lock_timeout', outer_lock_timeout, true);
+    never_read := set_config('level_sync.own_depth', outer_depth, true) || set_config('lock_timeout', outer_lock_timeout, true);
   exception when others or assert_failure then
     if is_refused or on_error = 'raise' or sqlstate = '40001' then
       raise;

@@ -193,6 +193,13 @@ def shift(connection: Connection, table: str, condition: str = "true") -> None:
     connection.execute("reset session_replication_role")
 
 
+def transaction_id(connection: Connection) -> int:
+    """A new one; the difference of two says how many were used between them."""
+    row = connection.execute("select pg_current_xact_id()::text::bigint").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 def last_run(connection: Connection) -> dict[str, Any]:
     with connection.cursor(row_factory=psycopg.rows.dict_row) as cursor:
         row = cursor.execute("select * from level_sync.sync_log order by run_id desc limit 1").fetchone()
@@ -270,6 +277,8 @@ def one_at_a_time(bench: Bench, pairs: int) -> None:
         "tps",
         "a Python service with SQLAlchemy",
     )
+    without_sync = bench.pgbench("bare", change) / service.per_second(pairs, bench.seconds)
+    console.print(f"  the limit of that: no sync at all is {without_sync:.1f} times the Python service")
     with bench.connect("ours") as connection:
         before = connection.execute("select pg_current_wal_lsn(), count(*) from level_sync.sync_events").fetchone()
         bench.pgbench("ours", change)
@@ -312,7 +321,10 @@ def bulk(bench: Bench, rows: int) -> None:
 
         def carried() -> float:
             tidy(ours)
-            return timed(ours, update)
+            first_id = transaction_id(ours)
+            seconds = timed(ours, update)
+            console.print(f"  {transaction_id(ours) - first_id - 1} transaction ids, those of subtransactions included")
+            return seconds
 
         def written() -> float:
             tidy(bare)
