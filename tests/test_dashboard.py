@@ -714,7 +714,7 @@ def test_messages_of_any_length_make_no_large_page(database, db, site):
         status, text, _ = get(site[0] + path)
         assert status == 200
         assert "long long" in text
-        assert "(cut here)" in text
+        assert path == "/" or "(cut here)" in text  # what health says there is short already
         assert len(text) < 300_000, path
     with Reader(database.dsn).connection() as connection:  # what is not shown is not even sent
         queued = list(queries.queue_after(connection, after=None, row_limit=100, text_limit=1001))
