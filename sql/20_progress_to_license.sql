@@ -207,7 +207,8 @@ select level_sync._ensure_trigger('public.specialization_progress', 'progress_le
 $trigger$, 'The license gets the level that was written here.');
 
 -- The same for many pairs in a handful of statements; for bulk, drains and people.
--- Planned anew each time: only then does the planner know how many pairs there are.
+-- Planned anew each time: only then does the planner know how many pairs there are. Not so the checks of foreign keys and
+-- the application's triggers, which run at the end of each statement: it sets the mode back, as it sets their search_path.
 create or replace function level_sync._carry_progress_to_licenses(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
     actors text[], reasons text[])
@@ -215,6 +216,7 @@ create or replace function level_sync._carry_progress_to_licenses(
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 declare
   outer_depth  text        := current_setting('level_sync.own_depth', true);
@@ -259,7 +261,7 @@ begin
            max_achieved_level = greatest(license.max_achieved_level, held.new_level),
            last_advanced_at   = written_at
       from held
-     where (select set_config('search_path', rule.trigger_path, true)) is not null
+     where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
        and license.user_id = held.user_id
        and license.specialization_type = held.specialization
     returning license.user_id, license.specialization_type, held.old_level, license.current_level, held.actor, held.reason
@@ -272,9 +274,9 @@ begin
      where carried.current_level is distinct from carried.old_level
   )
   select count(*) into held_count from held;
-  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
 
-  if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > held_count then
+  if 'deleted' = any (changes) or 'progress' = any (sides) and cardinality(user_ids) > held_count then
     with created as (
       insert into public.user_licenses
              (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
@@ -286,9 +288,8 @@ begin
         join public.specializations as specialization
           on specialization.id = pair.specialization
          and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
-       where (select set_config('search_path', rule.trigger_path, true)) is not null
-         and (pair.change = 'created'
-              or pair.side = 'progress' and pair.change = 'level_changed'
+       where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
+         and (pair.side = 'progress' and pair.change in ('created', 'level_changed')
               or pair.side = 'license' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
          and not exists (
            select from public.user_licenses as license
@@ -303,7 +304,7 @@ begin
       from created
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = created.user_id and pair.specialization = created.specialization_type;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
   end if;
 
   if rule.on_delete = 'propagate' and 'deleted' = any (changes) then
@@ -320,7 +321,7 @@ begin
     ), deleted as (
       delete from public.user_licenses as license
        using doomed
-       where (select set_config('search_path', rule.trigger_path, true)) is not null
+       where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
          and license.user_id = doomed.user_id and license.specialization_type = doomed.specialization_type
       returning license.user_id, license.specialization_type, license.current_level
     )
@@ -331,7 +332,7 @@ begin
       from deleted
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = deleted.user_id and pair.specialization = deleted.specialization_type;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);

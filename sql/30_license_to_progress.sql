@@ -205,7 +205,8 @@ select level_sync._ensure_trigger('public.user_licenses', 'license_level_changed
 $trigger$, 'The progress gets the level that was written here.');
 
 -- The same for many pairs in a handful of statements; for bulk, drains and people.
--- Planned anew each time: only then does the planner know how many pairs there are.
+-- Planned anew each time: only then does the planner know how many pairs there are. Not so the checks of foreign keys and
+-- the application's triggers, which run at the end of each statement: it sets the mode back, as it sets their search_path.
 create or replace function level_sync._carry_licenses_to_progress(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
     actors text[], reasons text[])
@@ -213,6 +214,7 @@ create or replace function level_sync._carry_licenses_to_progress(
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 declare
   outer_depth  text        := current_setting('level_sync.own_depth', true);
@@ -256,7 +258,7 @@ begin
        set current_level = held.new_level,
            last_activity = written_at
       from held
-     where (select set_config('search_path', rule.trigger_path, true)) is not null
+     where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
        and progress.student_id = held.user_id
        and progress.specialization_id = held.specialization
     returning progress.student_id, progress.specialization_id, held.old_level, progress.current_level, held.actor, held.reason
@@ -269,9 +271,9 @@ begin
      where carried.current_level is distinct from carried.old_level
   )
   select count(*) into held_count from held;
-  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
 
-  if 'created' = any (changes) or 'deleted' = any (changes) or cardinality(user_ids) > held_count then
+  if 'deleted' = any (changes) or 'license' = any (sides) and cardinality(user_ids) > held_count then
     with created as (
       insert into public.specialization_progress
              (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
@@ -282,9 +284,8 @@ begin
         join public.specializations as specialization
           on specialization.id = pair.specialization
          and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
-       where (select set_config('search_path', rule.trigger_path, true)) is not null
-         and (pair.change = 'created'
-              or pair.side = 'license' and pair.change = 'level_changed'
+       where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
+         and (pair.side = 'license' and pair.change in ('created', 'level_changed')
               or pair.side = 'progress' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
          and not exists (
            select from public.specialization_progress as progress
@@ -299,7 +300,7 @@ begin
       from created
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = created.student_id and pair.specialization = created.specialization_id;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
   end if;
 
   if rule.on_delete = 'propagate' and 'deleted' = any (changes) then
@@ -316,7 +317,7 @@ begin
     ), deleted as (
       delete from public.specialization_progress as progress
        using doomed
-       where (select set_config('search_path', rule.trigger_path, true)) is not null
+       where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
          and progress.student_id = doomed.student_id and progress.specialization_id = doomed.specialization_id
       returning progress.student_id, progress.specialization_id, progress.current_level
     )
@@ -327,7 +328,7 @@ begin
       from deleted
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = deleted.student_id and pair.specialization = deleted.specialization_id;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);

@@ -51,6 +51,7 @@ create or replace function level_sync._unequal_pairs(user_ids bigint[], speciali
   stable
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 begin
   return query
@@ -235,6 +236,7 @@ create or replace function level_sync.carry_pending_pairs()
   language plpgsql
   security definer
   set search_path = pg_catalog, pg_temp
+  set jit = off
 as $$
 declare
   outer_lock_timeout constant text := current_setting('lock_timeout');
@@ -448,6 +450,7 @@ create or replace function level_sync._lock_free_pairs(user_ids bigint[], specia
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 begin
   return query

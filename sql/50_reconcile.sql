@@ -112,6 +112,7 @@ create or replace function level_sync._plan_range(run_id bigint, direction text,
   security definer
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 declare
   hidden    constant text := level_sync._hidden_tables();
@@ -157,6 +158,7 @@ create or replace function level_sync._repair_batch(run_id bigint, plan_id bigin
   set search_path = pg_catalog, pg_temp
   set lock_timeout = '100ms'
   set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 declare
   rule     record;
@@ -266,6 +268,7 @@ create or replace function level_sync._confirm_pairs(
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 declare
   free_numbers bigint[];

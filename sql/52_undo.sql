@@ -7,6 +7,7 @@ create or replace function level_sync._put_back(
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 declare
   undone_at   constant timestamptz := clock_timestamp();
@@ -73,6 +74,7 @@ create or replace function level_sync.undo(run_id bigint)
   set search_path = pg_catalog, pg_temp
   set lock_timeout = '2s'
   set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 declare
   outer_depth text := current_setting('level_sync.own_depth', true);
