@@ -22,7 +22,7 @@ from academy import LICENSE, PROGRESS, Connection, add_pair, bypass, configure, 
 from command_line import run
 from conftest import Database, free_port
 from level_sync.metrics import LevelSyncCollector, registry_of
-from level_sync.scan import Reader
+from level_sync.scan import Reader, Scanning
 
 PROMETHEUS = Path(__file__).resolve().parent.parent / "docker" / "prometheus"
 PROGRAMS = Path(sys.prefix) / "prometheus" / "usr" / "bin"
@@ -105,8 +105,9 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(database, db):
 
 def test_rules_speak_of_metrics_that_exist(database, db):
     db.execute("call level_sync.reconcile()")
-    collector = LevelSyncCollector(Reader(database.dsn), scan_interval=300)
-    collector.reader.scan()
+    scanning = Scanning(Reader(database.dsn), 300)
+    collector = LevelSyncCollector(scanning.reader, scanning)
+    scanning.scan()
     known = {family.name for family in registry_of(collector).collect()}
     spoken_of = set(re.findall(r"\blevel_sync_\w+", (PROMETHEUS / "level_sync.rules.yml").read_text()))
     assert spoken_of <= known

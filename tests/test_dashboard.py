@@ -26,10 +26,9 @@ from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, s
 from command_line import run
 from conftest import dsn_of, free_port
 from level_sync import dashboard, metrics, scan, schedule
-from level_sync.dashboard.scanning import Scanning
 from level_sync.database import queries
 from level_sync.runbook import section_of
-from level_sync.scan import Reader
+from level_sync.scan import Reader, Scanning
 from level_sync.servers import has_extension
 from level_sync.verify import BITS
 
@@ -190,19 +189,6 @@ def test_a_scan_that_was_not_possible_is_said_with_its_reason(database, db, site
     assert "Not all pairs could be looked at for a long time: canceling statement due to lock" in get(address)[1]
 
 
-def test_a_scan_that_failed_is_tried_again_soon(database, db, monkeypatch):
-    monkeypatch.setattr("level_sync.dashboard.scanning.SOON", 0.2)
-    monkeypatch.setattr("level_sync.dashboard.scanning.REST", 0)
-    scanning = Scanning(Reader(database.dsn), 3600)
-    blocker = database.connect(autocommit=False)
-    blocker.execute(f"lock table {LICENSE} in access exclusive mode")
-    with scanning.at_work():
-        wait_until(lambda: scanning.reader.scan_error)
-        blocker.rollback()
-        wait_until(lambda: scanning.reader.last_scan)
-        assert scanning.reader.scan_error is None
-
-
 def test_what_has_been_mended_is_looked_at_before_the_next_scan_is_due(db, site, monkeypatch):
     address, scanning = site
 
@@ -226,22 +212,12 @@ def test_what_has_been_mended_is_looked_at_before_the_next_scan_is_due(db, site,
         set_level(db, PROGRESS, 1, 4)
     assert scanning.scan()
     assert not is_wanted()
-    monkeypatch.setattr("level_sync.dashboard.scanning.SOON", 0)
-    monkeypatch.setattr("level_sync.dashboard.scanning.REST", 0)
+    monkeypatch.setattr(scan, "SOON", 0)
+    monkeypatch.setattr(scan, "REST", 0)
     assert is_wanted()
     db.execute("select level_sync.sync_user(1, 'progress_to_license')")
     assert scanning.scan()
     assert not is_wanted()
-
-
-def test_a_scan_that_is_wanted_is_made(database, db):
-    scanning = Scanning(Reader(database.dsn), 3600)
-    with scanning.at_work():
-        wait_until(lambda: scanning.reader.last_scan)
-        at = scanning.reader.last_scan.at
-        db.execute("call level_sync.reconcile()")
-        scanning.somebody_looks(db.execute("select max(job_end) from level_sync.sync_log").fetchone()[0])
-        wait_until(lambda: scanning.reader.last_scan.at > at)
 
 
 @needs_chromium

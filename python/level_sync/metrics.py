@@ -20,7 +20,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from level_sync.database import queries
-from level_sync.scan import Reader
+from level_sync.scan import Reader, Scanning
 
 ACTIONS = ("update_license", "create_license", "update_progress", "create_progress")
 # In seconds: how long a scrape waits for the connection, where it has figures to tell again and where it has none
@@ -37,10 +37,10 @@ class LevelSyncCollector(Collector):
     than Prometheus waits for.
     """
 
-    def __init__(self, reader: Reader, scan_interval: float | None = None) -> None:
-        """Seconds between two scans; None where this is asked only once."""
+    def __init__(self, reader: Reader, scanning: Scanning | None = None) -> None:
+        """The scanning of that reader; None where this is asked only once."""
         self.reader = reader
-        self.scan_interval = scan_interval
+        self.scanning = scanning
         self.is_up = True
         self._latest: list[GaugeMetricFamily] = []
         self._latest_at = float("-inf")
@@ -93,14 +93,16 @@ class LevelSyncCollector(Collector):
         yield gauge("build_info", "Version of this exporter's package.", {(version("level-sync"),): 1}, "version")
         yield gauge("up", "1 where level_sync could be read; 0 with the reason in the log.", {(): self.is_up})
         yield gauge("collected_timestamp_seconds", "When these figures were read.", {(): time.time()})
-        if self.scan_interval is not None:
+        if self.scanning is not None:
             yield gauge(
                 "scan_interval_seconds",
                 "Between two scans of all pairs; one may come sooner.",
-                {(): self.scan_interval},
+                {(): self.scanning.interval},
             )
 
     def _figures(self, connection: psycopg.Connection[Any]) -> Iterator[GaugeMetricFamily]:
+        if self.scanning is not None:
+            self.scanning.heed_run(queries.newest_end(connection))
         yield gauge(
             "schema_version", "Number of the newest migration applied.", {(): queries.schema_version(connection)}
         )
@@ -131,7 +133,6 @@ class LevelSyncCollector(Collector):
             "status",
         )
         last: dict[str, Any] = queries.last_runs(connection)
-        self.reader.heed_run(last["ended_at"] and float(last["ended_at"]))
         yield gauge(
             "last_run_status",
             "1 for the status of the last run that has ended and was neither skipped nor dry, 0 for the others.",
@@ -189,12 +190,12 @@ def serve(
     dsn: str, host: str, port: int, *, scan_interval: float, stop: threading.Event, is_ready: Callable[[], object]
 ) -> None:
     """Answers scrapes, and looks at every pair each scan_interval seconds, until stop is set. Raises OSError."""
-    reader = Reader(dsn)
-    collector = LevelSyncCollector(reader, scan_interval)
+    scanning = Scanning(Reader(dsn), scan_interval)
+    collector = LevelSyncCollector(scanning.reader, scanning)
     server, thread = start_http_server(port, host, registry_of(collector))
     is_ready()
-    reader.keep_scanning(scan_interval, collector.refresh)
-    stop.wait()
+    with scanning.at_work(collector.refresh):
+        stop.wait()
     server.shutdown()
     server.server_close()
     thread.join()

@@ -247,7 +247,6 @@ select known.status, count(sync_log.run_id) as runs
 select (select extract(epoch from max(job_start))
           from level_sync.sync_log
          where status in ('success', 'partial') and not dry_run) as success_at,
-       (select extract(epoch from max(job_end)) from level_sync.sync_log where not dry_run) as ended_at,
        latest.status,
        latest.duration_seconds,
        coalesce(latest.results -> 'repairs', '{}') as repairs

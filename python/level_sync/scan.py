@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -20,8 +21,9 @@ from level_sync.database import connect, queries
 # In seconds: until connected; for what a page or a scrape reads; for a look at every pair.
 CONNECT_TIMEOUT, READ_TIMEOUT, SCAN_TIMEOUT = 5, 5, 120
 LOCK_TIMEOUT = "1s"
-RETRY_AFTER = 15  # seconds until the scan after one that failed
+SOON = 15  # seconds until the scan after one that failed, or while somebody looks at what one has found
 REST = 10  # times as long as it took is the server left in peace after a scan
+MENDED_BY_HAND = ("desync", "orphans")  # checks that only a scan makes, and that somebody's work makes good
 
 log = logging.getLogger("level_sync")
 
@@ -56,10 +58,11 @@ def cut_after(connection: psycopg.Connection[Any], seconds: float) -> Iterator[N
 
 @dataclass
 class Scan:
-    """What a look at every pair has found; at is a time and duration is in seconds."""
+    """What a look at every pair has found; at is a time, duration is in seconds, newest_end is that of a run before."""
 
     at: float
     duration: float
+    newest_end: datetime | None
     desyncs: list[dict[str, Any]]
     checks: list[verification.Check]
     events: list[dict[str, Any]]
@@ -73,8 +76,6 @@ class Reader:
         self.last_scan: Scan | None = None
         self.scan_error: str | None = None  # why the latest attempt has found nothing out
         self.is_connected = threading.Lock()
-        self._is_scan_wanted = threading.Event()
-        self._run_ended_at: float | None = None
 
     @contextmanager
     def connection(self) -> Iterator[psycopg.Connection[dict[str, Any]]]:
@@ -88,6 +89,7 @@ class Reader:
             began = time.time()
             try:
                 with short_connection(self.dsn, SCAN_TIMEOUT) as connection:
+                    newest_end = queries.newest_end(connection)
                     desyncs = list(queries.count_desyncs(connection))
                     checks = verification.checks_of(connection, self.dsn)
                     events = list(queries.recent_events(connection))
@@ -96,29 +98,8 @@ class Reader:
                 log.warning("no scan of all pairs: %s", self.scan_error)
                 return False
             self.scan_error = None
-            self.last_scan = Scan(began, time.time() - began, desyncs, checks, events)
+            self.last_scan = Scan(began, time.time() - began, newest_end, desyncs, checks, events)
             return True
-
-    def keep_scanning(self, interval: float, is_worthwhile: Callable[[], bool] = lambda: True) -> None:
-        """Scans each interval seconds, in a thread that ends with the process; sooner where one failed or is wanted."""
-
-        def scan_again_and_again() -> None:
-            while True:
-                is_worth_it = is_worthwhile()
-                self._is_scan_wanted.clear()
-                began = time.monotonic()
-                is_made = is_worth_it and self.scan()
-                rest = min(interval, REST * (time.monotonic() - began))
-                time.sleep(rest)
-                self._is_scan_wanted.wait((interval if is_made else min(interval, RETRY_AFTER)) - rest)
-
-        threading.Thread(target=scan_again_and_again, daemon=True).start()
-
-    def heed_run(self, ended_at: float | None) -> None:
-        """Brings the next scan forward where a run has ended that was not known: what it healed is red no longer."""
-        if ended_at != self._run_ended_at and self.last_scan is not None:
-            self._is_scan_wanted.set()
-        self._run_ended_at = ended_at
 
     def checks(self, quick: list[dict[str, Any]]) -> list[verification.Check]:
         """The quick checks as they are now, and what only the last scan could see."""
@@ -128,3 +109,62 @@ class Reader:
         # What could not be made at a glance, such as a look into another database, the scan has made.
         made = {name: check for name, check in now.items() if check.ok is not None}
         return list(({check.name: check for check in self.last_scan.checks} | made).values())
+
+
+class Scanning:
+    """When every pair is looked at: each interval seconds, and sooner where that is worth it."""
+
+    def __init__(self, reader: Reader, interval: float) -> None:
+        self.reader = reader
+        self.interval = interval
+        self._is_wanted = threading.Event()
+        self._is_over = threading.Event()
+
+    @contextmanager
+    def at_work(self, is_worthwhile: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Scans meanwhile, in a thread that ends with the process at the latest.
+
+        What is not worthwhile is left out like a scan that failed.
+        """
+        threading.Thread(target=self._scan_again_and_again, args=(is_worthwhile,), daemon=True).start()
+        try:
+            yield
+        finally:
+            self._is_over.set()
+            self._is_wanted.set()
+
+    def _scan_again_and_again(self, is_worthwhile: Callable[[], bool]) -> None:
+        while not self._is_over.is_set():
+            is_worth_it = is_worthwhile()
+            began = time.monotonic()
+            is_done = is_worth_it and self.scan()
+            peace = REST * (time.monotonic() - began)
+            rest = min(self.interval, peace if is_done else max(SOON, peace))
+            if not self._is_over.wait(rest) and is_done:
+                self._is_wanted.wait(self.interval - rest)
+
+    def scan(self) -> bool:
+        """Looks at every pair now. Returns whether that was possible."""
+        self._is_wanted.clear()
+        return self.reader.scan()
+
+    def heed_run(self, newest_end: datetime | None) -> None:
+        """Wants a scan where a run has ended that the last one did not know: what it healed is red no longer."""
+        scan = self.reader.last_scan
+        if scan is not None and newest_end != scan.newest_end:
+            self._is_wanted.set()
+
+    def heed_spectator(self) -> None:
+        """Wants a scan soon where the last one has found what somebody mends who watches."""
+        scan = self.reader.last_scan
+        if (
+            scan is not None
+            and any(check.name in MENDED_BY_HAND and not check.ok for check in scan.checks)
+            and time.time() - scan.at > max(SOON, REST * scan.duration)
+        ):
+            self._is_wanted.set()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a scan is to be made before its time."""
+        return self._is_wanted.is_set()

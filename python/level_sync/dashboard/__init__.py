@@ -30,10 +30,10 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from level_sync.dashboard import chart as picture
-from level_sync.dashboard.scanning import Scanning
+from level_sync.dashboard.doubt import doubt_of
 from level_sync.database import queries
 from level_sync.runbook import section_of
-from level_sync.scan import Reader
+from level_sync.scan import Reader, Scanning
 
 HERE = Path(__file__).parent
 PAGE_SIZE = 100
@@ -152,8 +152,9 @@ class Dashboard:
 
     def _now(self, request: Request, connection: psycopg.Connection[Any]) -> dict[str, Any]:
         quick = list(queries.quick_health(connection))
-        self.scanning.somebody_looks(queries.newest_end(connection))
-        checks, doubt, scan = self.reader.checks(quick), self.scanning.doubt(), self.reader.last_scan
+        self.scanning.heed_run(queries.newest_end(connection))
+        self.scanning.heed_spectator()
+        checks, doubt, scan = self.reader.checks(quick), doubt_of(self.scanning), self.reader.last_scan
         if doubt is not None:
             # What only an old scan has found good is not known; what it has found wrong still needs somebody.
             seen_now = {row["name"] for row in quick if row["ok"] is not None}
