@@ -29,7 +29,7 @@ from level_sync import cli, metrics
 from level_sync import verify as verification
 from level_sync.install import shipped
 from level_sync.metrics import LevelSyncCollector, registry_of
-from level_sync.scan import Reader
+from level_sync.scan import Reader, Scanning
 
 __all__ = ["private_server"]  # a fixture
 
@@ -342,8 +342,8 @@ def exporting(dsn: str, *options: str) -> Iterator[tuple[int, subprocess.Popen[s
         exporter.communicate()
 
 
-def scrape(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+def scrape(port: int, query: str = "") -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics{query}", timeout=10) as answer:
         return figures(answer.read().decode())
 
 
@@ -355,6 +355,27 @@ def test_the_exporter_answers_prometheus_and_ends_when_told(database, db, reader
         assert run("exporter", "--listen", f"127.0.0.1:{port}").exit_code == 1  # the port is taken
         exporter.send_signal(signal.SIGTERM)
         assert exporter.wait(60) == 0
+
+
+def test_a_scrape_that_asks_for_some_figures_by_name_gets_those(database, db, reader):
+    with exporting(reader) as (port, _):
+        wait_until(lambda: "level_sync_scan_timestamp_seconds" in scrape(port))
+        assert scrape(port, "?name[]=level_sync_up") == {"level_sync_up": 1}
+        asked = "?name[]=level_sync_schema_version&name[]=level_sync_desync_pairs&name[]=nothing"
+        assert {name.partition(" ")[0] for name in scrape(port, asked)} == {
+            "level_sync_schema_version",
+            "level_sync_desync_pairs",
+        }
+
+
+def test_every_figure_can_be_asked_for_by_name(database, db):
+    db.execute("call level_sync.reconcile()")
+    scanning = Scanning(Reader(database.dsn), 300)
+    collector = LevelSyncCollector(scanning.reader, scanning)
+    scanning.scan()
+    assert sorted(family.name for family in collector.describe()) == sorted(
+        family.name for family in collector.collect()
+    )
 
 
 def test_the_exporter_holds_one_connection_at_most_and_none_between(database, db, reader):

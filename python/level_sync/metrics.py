@@ -22,6 +22,28 @@ from prometheus_client.registry import Collector
 from level_sync.database import queries
 from level_sync.scan import Reader, Scanning
 
+# What each figure says, by its name without level_sync_.
+METRICS = {
+    "build_info": "Version of this exporter's package.",
+    "up": "1 where level_sync could be read; 0 with the reason in the log.",
+    "collected_timestamp_seconds": "When these figures were read.",
+    "scan_interval_seconds": "Between two scans of all pairs; one may come sooner.",
+    "schema_version": "Number of the newest migration applied.",
+    "health_check_ok": "1 where a check of level_sync.health is good; 0 where it is not, or could not be made.",
+    "queue_pairs": "Entries of sync_queue: waiting for their next attempt, due for it, or dead.",
+    "queue_oldest_age_seconds": "Age of the oldest entry that is not dead; 0 where there is none.",
+    "runs": "Runs of the reconcile in sync_log, which keeps them for log_retention.",
+    "last_run_status": "1 for the status of the last run that has ended and was neither skipped nor dry, 0 for the "
+    "others.",
+    "last_success_timestamp_seconds": "When the last run that ended as success or partial began.",
+    "last_run_duration_seconds": "How long the run of last_run_status took.",
+    "last_run_repairs": "Pairs that the run of last_run_status has repaired, by action.",
+    "desync_pairs": "Pairs whose sides differed at the last scan.",
+    "recent_events": "Events of the five minutes before the last scan: levels carried, rows created, repairs, "
+    "undone repairs.",
+    "scan_timestamp_seconds": "When the last scan of all pairs began.",
+    "scan_duration_seconds": "How long the last scan of all pairs took.",
+}
 ACTIONS = ("update_license", "create_license", "update_progress", "create_progress")
 # In seconds: how long a scrape waits for the connection, where it has figures to tell again and where it has none
 # (Prometheus gives up after 10); how old those may be.
@@ -44,6 +66,10 @@ class LevelSyncCollector(Collector):
         self.is_up = True
         self._latest: list[GaugeMetricFamily] = []
         self._latest_at = float("-inf")
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        """The names that ?name[] of a scrape may ask for, without a look at the database."""
+        return (gauge(name, {}) for name in METRICS)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         # While a scan has the connection, the figures of the last scrape are told again rather than waited for.
@@ -90,71 +116,34 @@ class LevelSyncCollector(Collector):
         self.is_up = False
 
     def _told_first(self) -> Iterator[GaugeMetricFamily]:
-        yield gauge("build_info", "Version of this exporter's package.", {(version("level-sync"),): 1}, "version")
-        yield gauge("up", "1 where level_sync could be read; 0 with the reason in the log.", {(): self.is_up})
-        yield gauge("collected_timestamp_seconds", "When these figures were read.", {(): time.time()})
+        yield gauge("build_info", {(version("level-sync"),): 1}, "version")
+        yield gauge("up", {(): self.is_up})
+        yield gauge("collected_timestamp_seconds", {(): time.time()})
         if self.scanning is not None:
-            yield gauge(
-                "scan_interval_seconds",
-                "Between two scans of all pairs; one may come sooner.",
-                {(): self.scanning.interval},
-            )
+            yield gauge("scan_interval_seconds", {(): self.scanning.interval})
 
     def _figures(self, connection: psycopg.Connection[Any]) -> Iterator[GaugeMetricFamily]:
         if self.scanning is not None:
             self.scanning.heed_run(queries.newest_end(connection))
-        yield gauge(
-            "schema_version", "Number of the newest migration applied.", {(): queries.schema_version(connection)}
-        )
+        yield gauge("schema_version", {(): queries.schema_version(connection)})
         checks = self.reader.checks(list(queries.quick_health(connection)))
-        yield gauge(
-            "health_check_ok",
-            "1 where a check of level_sync.health is good; 0 where it is not, or could not be made.",
-            {(check.name,): float(check.ok is True) for check in checks},
-            "check",
-        )
+        yield gauge("health_check_ok", {(check.name,): float(check.ok is True) for check in checks}, "check")
         queue: dict[str, Any] = queries.queue_figures(connection)
-        yield gauge(
-            "queue_pairs",
-            "Entries of sync_queue: waiting for their next attempt, due for it, or dead.",
-            {(state,): queue[state] for state in ("waiting", "due", "dead")},
-            "state",
-        )
-        yield gauge(
-            "queue_oldest_age_seconds",
-            "Age of the oldest entry that is not dead; 0 where there is none.",
-            {(): queue["oldest_seconds"]},
-        )
+        yield gauge("queue_pairs", {(state,): queue[state] for state in ("waiting", "due", "dead")}, "state")
+        yield gauge("queue_oldest_age_seconds", {(): queue["oldest_seconds"]})
         runs = {row["status"]: row["runs"] for row in queries.runs_by_status(connection)}
-        yield gauge(
-            "runs",
-            "Runs of the reconcile in sync_log, which keeps them for log_retention.",
-            {(status,): count for status, count in runs.items()},
-            "status",
-        )
+        yield gauge("runs", {(status,): count for status, count in runs.items()}, "status")
         last: dict[str, Any] = queries.last_runs(connection)
         yield gauge(
             "last_run_status",
-            "1 for the status of the last run that has ended and was neither skipped nor dry, 0 for the others.",
             {(status,): float(status == last["status"]) for status in runs if status not in ("running", "skipped")},
             "status",
         )
         if last["success_at"] is not None:
-            yield gauge(
-                "last_success_timestamp_seconds",
-                "When the last run that ended as success or partial began.",
-                {(): last["success_at"]},
-            )
+            yield gauge("last_success_timestamp_seconds", {(): last["success_at"]})
         if last["duration_seconds"] is not None:
-            yield gauge(
-                "last_run_duration_seconds", "How long the run of last_run_status took.", {(): last["duration_seconds"]}
-            )
-        yield gauge(
-            "last_run_repairs",
-            "Pairs that the run of last_run_status has repaired, by action.",
-            {(action,): last["repairs"].get(action, 0) for action in ACTIONS},
-            "action",
-        )
+            yield gauge("last_run_duration_seconds", {(): last["duration_seconds"]})
+        yield gauge("last_run_repairs", {(action,): last["repairs"].get(action, 0) for action in ACTIONS}, "action")
 
     def _scanned(self) -> Iterator[GaugeMetricFamily]:
         scan = self.reader.last_scan
@@ -162,25 +151,20 @@ class LevelSyncCollector(Collector):
             return
         yield gauge(
             "desync_pairs",
-            "Pairs whose sides differed at the last scan.",
             {(row["issue_type"], row["specialization"]): row["pairs"] for row in scan.desyncs},
             "issue_type",
             "specialization",
         )
         yield gauge(
-            "recent_events",
-            "Events of the five minutes before the last scan: levels carried, rows created, repairs, undone repairs.",
-            {(row["action"], row["source"]): row["events"] for row in scan.events},
-            "action",
-            "source",
+            "recent_events", {(row["action"], row["source"]): row["events"] for row in scan.events}, "action", "source"
         )
-        yield gauge("scan_timestamp_seconds", "When the last scan of all pairs began.", {(): scan.at})
-        yield gauge("scan_duration_seconds", "How long the last scan of all pairs took.", {(): scan.duration})
+        yield gauge("scan_timestamp_seconds", {(): scan.at})
+        yield gauge("scan_duration_seconds", {(): scan.duration})
 
 
-def gauge(name: str, meaning: str, values: dict[tuple[str, ...], Any], *labels: str) -> GaugeMetricFamily:
-    """One metric of level_sync; values by the values of its labels."""
-    family = GaugeMetricFamily(f"level_sync_{name}", meaning, labels=labels)
+def gauge(name: str, values: dict[tuple[str, ...], Any], *labels: str) -> GaugeMetricFamily:
+    """One of METRICS; values by the values of its labels."""
+    family = GaugeMetricFamily(f"level_sync_{name}", METRICS[name], labels=labels)
     for label_values, value in values.items():
         family.add_metric(label_values, float(value))
     return family
