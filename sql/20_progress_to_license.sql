@@ -224,6 +224,7 @@ declare
   written_at   constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(carried_at);
   rule         record;
   held_count   bigint;
+  ends         record;
 begin
   if not ('progress' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
@@ -231,6 +232,8 @@ begin
   select settings.on_delete, settings.trigger_search_path || ', pg_temp' as trigger_path
     into rule
     from level_sync.settings;
+  -- Said besides the pairs, so that a batch of neighbours is looked up as a range and not in the whole table.
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
   perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
   if actors is null then
     actors  := array_fill(level_sync._session_actor(), array[cardinality(user_ids)]);
@@ -246,8 +249,10 @@ begin
              as pair (user_id, specialization, side, change, actor, reason)
       join public.specialization_progress as progress
         on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+        and progress.student_id between ends.first_user and ends.last_user
       join public.user_licenses as license
         on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+        and license.user_id between ends.first_user and ends.last_user
       join public.specializations as specialization
         on specialization.id = pair.specialization
        and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
@@ -263,6 +268,7 @@ begin
       from held
      where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
        and license.user_id = held.user_id
+       and license.user_id between ends.first_user and ends.last_user
        and license.specialization_type = held.specialization
     returning license.user_id, license.specialization_type, held.old_level, license.current_level, held.actor, held.reason
   ), logged as (
@@ -285,6 +291,7 @@ begin
         from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
         join public.specialization_progress as progress
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+          and progress.student_id between ends.first_user and ends.last_user
         join public.specializations as specialization
           on specialization.id = pair.specialization
          and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
@@ -293,7 +300,8 @@ begin
               or pair.side = 'license' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
          and not exists (
            select from public.user_licenses as license
-            where license.user_id = pair.user_id and license.specialization_type = pair.specialization)
+            where license.user_id = pair.user_id and license.specialization_type = pair.specialization
+              and license.user_id between ends.first_user and ends.last_user)
       on conflict do nothing
       returning user_licenses.user_id, user_licenses.specialization_type, user_licenses.current_level
     )
@@ -313,6 +321,7 @@ begin
         from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
         join public.user_licenses as license
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+          and license.user_id between ends.first_user and ends.last_user
        where pair.side = 'progress' and pair.change = 'deleted'
          and not exists (
            select from public.specialization_progress as progress

@@ -222,6 +222,7 @@ declare
   written_at   constant public.specialization_progress.last_activity%type := level_sync._as_utc(carried_at);
   rule         record;
   held_count   bigint;
+  ends         record;
 begin
   if not ('license' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
@@ -229,6 +230,8 @@ begin
   select settings.on_delete, settings.trigger_search_path || ', pg_temp' as trigger_path
     into rule
     from level_sync.settings;
+  -- Said besides the pairs, so that a batch of neighbours is looked up as a range and not in the whole table.
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
   perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
   if actors is null then
     actors  := array_fill(level_sync._session_actor(), array[cardinality(user_ids)]);
@@ -244,8 +247,10 @@ begin
              as pair (user_id, specialization, side, change, actor, reason)
       join public.user_licenses as license
         on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+        and license.user_id between ends.first_user and ends.last_user
       join public.specialization_progress as progress
         on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+        and progress.student_id between ends.first_user and ends.last_user
       join public.specializations as specialization
         on specialization.id = pair.specialization
        and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
@@ -260,6 +265,7 @@ begin
       from held
      where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
        and progress.student_id = held.user_id
+       and progress.student_id between ends.first_user and ends.last_user
        and progress.specialization_id = held.specialization
     returning progress.student_id, progress.specialization_id, held.old_level, progress.current_level, held.actor, held.reason
   ), logged as (
@@ -281,6 +287,7 @@ begin
         from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
         join public.user_licenses as license
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+          and license.user_id between ends.first_user and ends.last_user
         join public.specializations as specialization
           on specialization.id = pair.specialization
          and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
@@ -289,7 +296,8 @@ begin
               or pair.side = 'progress' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
          and not exists (
            select from public.specialization_progress as progress
-            where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization)
+            where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+              and progress.student_id between ends.first_user and ends.last_user)
       on conflict do nothing
       returning specialization_progress.student_id, specialization_progress.specialization_id, specialization_progress.current_level
     )
@@ -309,6 +317,7 @@ begin
         from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
         join public.specialization_progress as progress
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+          and progress.student_id between ends.first_user and ends.last_user
        where pair.side = 'license' and pair.change = 'deleted'
          and not exists (
            select from public.user_licenses as license

@@ -53,7 +53,10 @@ create or replace function level_sync._unequal_pairs(user_ids bigint[], speciali
   set plan_cache_mode = force_custom_plan
   set jit = off
 as $$
+declare
+  ends record;
 begin
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
   return query
     select pair.pair_number, pair.user_id, pair.specialization,
            case when not source.is_in_range then '23514' end,
@@ -64,8 +67,10 @@ begin
       from unnest(user_ids, specializations, sides) with ordinality as pair (user_id, specialization, side, pair_number)
       left join public.specialization_progress as progress
         on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+       and progress.student_id between ends.first_user and ends.last_user
       left join public.user_licenses as license
         on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+       and license.user_id between ends.first_user and ends.last_user
       left join public.specializations as limits on limits.id = pair.specialization
      cross join lateral (
        select given.level, coalesce(given.level between 1 and coalesce(limits.max_levels, given.level), false) as is_in_range
@@ -452,7 +457,10 @@ create or replace function level_sync._lock_free_pairs(user_ids bigint[], specia
   set plan_cache_mode = force_custom_plan
   set jit = off
 as $$
+declare
+  ends record;
 begin
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
   return query
     with pair as materialized (
       select pair.user_id, pair.specialization, pair.pair_number
@@ -462,12 +470,14 @@ begin
         from pair
         join public.specialization_progress as progress
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+         and progress.student_id between ends.first_user and ends.last_user
          for no key update of progress skip locked
     ), locked_license as materialized (
       select pair.pair_number
         from pair
         join public.user_licenses as license
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+         and license.user_id between ends.first_user and ends.last_user
          for no key update of license skip locked
     )
     select pair.pair_number
@@ -477,11 +487,13 @@ begin
      where (locked_progress.pair_number is not null
             or not exists (
               select from public.specialization_progress as progress
-               where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization))
+               where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+                 and progress.student_id between ends.first_user and ends.last_user))
        and (locked_license.pair_number is not null
             or not exists (
               select from public.user_licenses as license
-               where license.user_id = pair.user_id and license.specialization_type = pair.specialization));
+               where license.user_id = pair.user_id and license.specialization_type = pair.specialization
+                 and license.user_id between ends.first_user and ends.last_user));
 end
 $$;
 
@@ -494,10 +506,13 @@ create or replace function level_sync._drain_batch(due_before timestamptz)
   security definer
   set search_path = pg_catalog, pg_temp
   set lock_timeout = '100ms'
+  set plan_cache_mode = force_custom_plan
+  set jit = off
 as $$
 declare
   rule             record;
   pairs            record;
+  ends             record;
   lockable_numbers bigint[];
   free             record;
   failures         record;
@@ -570,6 +585,8 @@ begin
     return 0;
   end if;
 
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(pairs.user_ids) as pair (user_id);
+
   -- A statement of its own: the next one's snapshot has what was written until the locks were taken.
   select array_agg(lockable.pair_number)
     into lockable_numbers
@@ -600,8 +617,10 @@ begin
       on pair.pair_number = lockable.pair_number
     left join public.specialization_progress as progress
       on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+     and progress.student_id between ends.first_user and ends.last_user
     left join public.user_licenses as license
       on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+     and license.user_id between ends.first_user and ends.last_user
    -- Written since the queue was read: the newer entry, not this one, knows the side.
    where not exists (
            select from level_sync.sync_queue as newer
@@ -618,7 +637,7 @@ begin
     from unnest(pairs.user_ids, pairs.queue_ids, pairs.attempts) as pair (user_id, queue_id, attempts)
    where queued.user_id = pair.user_id
      and queued.queue_id = pair.queue_id
-     and not exists (select from unnest(free.queue_ids) as free_entry (queue_id) where free_entry.queue_id = pair.queue_id);
+     and pair.queue_id <> all (coalesce(free.queue_ids, '{}'));
   if free.user_ids is null then
     return cardinality(pairs.user_ids);
   end if;

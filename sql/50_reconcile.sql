@@ -105,6 +105,71 @@ $$;
 
 comment on function level_sync._log_skipped_run(boolean, text, text) is 'Logs a run that found another one at work.';
 
+-- How many pairs to expect between two users, by the planner's own estimate.
+create or replace function level_sync._expected_pairs(first_user bigint, last_user numeric)
+  returns numeric
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  plan json;
+begin
+  execute format('explain (format json)
+                  select from public.specialization_progress where student_id between %1$s and %2$s
+                  union all select from public.user_licenses where user_id between %1$s and %2$s', first_user, last_user)
+     into plan;
+  return (plan #>> '{0,Plan,Plan Rows}')::numeric / 2;
+end
+$$;
+
+comment on function level_sync._expected_pairs(bigint, numeric) is
+  'Estimate of the pairs of a range of users, from the statistics of both tables.';
+
+-- To count the pairs of a range would cost as much as to compare them, so its end is estimated. A wrong estimate makes a
+-- range longer or shorter and loses nothing. Where ANALYZE has never been, they are counted.
+create or replace function level_sync._end_of_range(first_user bigint, pair_count integer)
+  returns bigint
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  newest   constant numeric := (
+    select greatest((select max(progress.student_id) from public.specialization_progress as progress),
+                    (select max(license.user_id) from public.user_licenses as license)));
+  oldest   constant bigint := (
+    select least((select min(progress.student_id) from public.specialization_progress as progress where progress.student_id >= first_user),
+                 (select min(license.user_id) from public.user_licenses as license where license.user_id >= first_user)));
+  width    numeric := newest - oldest + 1;
+  expected numeric;
+begin
+  if oldest is null then
+    return null;
+  end if;
+  if (select count(distinct stats.attname) from pg_stats as stats
+       where stats.schemaname = 'public' and stats.histogram_bounds is not null
+         and (stats.tablename, stats.attname) in (('specialization_progress', 'student_id'), ('user_licenses', 'user_id'))) < 2
+  then
+    -- The side that reaches pair_count first ends the range, so neither side's part of it grows.
+    return least(
+      (select progress.student_id from public.specialization_progress as progress
+        where progress.student_id >= first_user order by progress.student_id offset pair_count limit 1),
+      (select license.user_id from public.user_licenses as license
+        where license.user_id >= first_user order by license.user_id offset pair_count limit 1));
+  end if;
+
+  for attempt in 1 .. 20 loop
+    expected := level_sync._expected_pairs(oldest, oldest + width - 1);
+    exit when expected <= 2 * pair_count and (2 * expected >= pair_count or oldest + width - 1 >= newest)
+           or expected > 2 * pair_count and width = 1;
+    width := greatest(1, least(newest - oldest + 1, floor(width * pair_count / greatest(expected, 1))));
+  end loop;
+  return case when oldest + width - 1 < newest then oldest + width - 1 end;
+end
+$$;
+
+comment on function level_sync._end_of_range(bigint, integer) is
+  'Last user of the range that begins with first_user and has about pair_count pairs; NULL where no user is beyond it.';
+
 -- Plans one range of users and returns where the next one begins; NULL when there is no user beyond.
 create or replace function level_sync._plan_range(run_id bigint, direction text, first_user bigint, user_count integer)
   returns bigint
@@ -116,21 +181,13 @@ create or replace function level_sync._plan_range(run_id bigint, direction text,
 as $$
 declare
   hidden    constant text := level_sync._hidden_tables();
-  last_user bigint;
+  last_user constant bigint := level_sync._end_of_range(first_user, user_count);
 begin
   if hidden is not null then
     raise insufficient_privilege using
       message = format('row level security may hide rows of %s from %s: what is hidden would be taken for missing', hidden, current_user),
       hint    = 'alter table ... no force row level security, or give the owner of level_sync the attribute BYPASSRLS.';
   end if;
-
-  -- The side that reaches user_count pairs first ends the range, so neither side's part of it grows.
-  select least(
-           (select progress.student_id from public.specialization_progress as progress
-             where progress.student_id >= first_user order by progress.student_id offset user_count limit 1),
-           (select license.user_id from public.user_licenses as license
-             where license.user_id >= first_user order by license.user_id offset user_count limit 1))
-    into last_user;
 
   insert into level_sync.sync_plan (run_id, user_id, specialization, issue_type, progress_level, license_level, action)
   select _plan_range.run_id, issues.user_id, issues.specialization, issues.issue_type, issues.progress_level,
@@ -206,6 +263,7 @@ begin
     from unnest(due.left_ids, due.left_specializations, due.left_outcomes)
            as left_alone (user_id, specialization, outcome)
    where plan.run_id = plan_id
+     and plan.user_id between first_user and planned.last_user
      and plan.user_id = left_alone.user_id
      and plan.specialization = left_alone.specialization;
   if due.user_ids is null then
@@ -251,6 +309,7 @@ begin
      set outcome = case when outcome.has_failed then 'failed' else 'repaired' end
     from outcome
    where plan.run_id = plan_id
+     and plan.user_id between first_user and planned.last_user
      and plan.user_id = outcome.user_id
      and plan.specialization = outcome.specialization;
 
@@ -272,7 +331,9 @@ create or replace function level_sync._confirm_pairs(
 as $$
 declare
   free_numbers bigint[];
+  ends         record;
 begin
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
   select array_agg(free.pair_number)
     into free_numbers
     from level_sync._lock_free_pairs(user_ids, specializations) as free;
@@ -283,12 +344,7 @@ begin
            -- A missing row cannot be locked: should it come just now, the higher of the two levels stands.
            case when progress.student_id is null or license.user_id is null then 'created' else 'level_changed' end,
            case when free.pair_number is null then 'held'
-                when heeds_queue and exists (
-                  select from level_sync.sync_queue as queued
-                   where queued.user_id = pair.user_id and queued.specialization = pair.specialization
-                   union all
-                  select from level_sync.pending_pairs as left_behind
-                   where left_behind.user_id = pair.user_id and left_behind.specialization = pair.specialization) then 'queued'
+                when heeds_queue and waiting.user_id is not null then 'queued'
                 when progress.current_level is distinct from pair.progress_level
                   or license.current_level is distinct from pair.license_level then 'changed'
            end
@@ -297,8 +353,20 @@ begin
       left join unnest(free_numbers) as free (pair_number) on free.pair_number = pair.pair_number
       left join public.specialization_progress as progress
         on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+       and progress.student_id between ends.first_user and ends.last_user
       left join public.user_licenses as license
-        on license.user_id = pair.user_id and license.specialization_type = pair.specialization;
+        on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+       and license.user_id between ends.first_user and ends.last_user
+      left join (
+        select queued.user_id, queued.specialization
+          from level_sync.sync_queue as queued
+         where queued.user_id between ends.first_user and ends.last_user
+         union
+        select left_behind.user_id, left_behind.specialization
+          from level_sync.pending_pairs as left_behind
+         where left_behind.user_id between ends.first_user and ends.last_user
+      ) as waiting
+        on waiting.user_id = pair.user_id and waiting.specialization = pair.specialization;
 end
 $$;
 

@@ -32,7 +32,7 @@ def mirrored(text: str) -> list[str]:
     """Lines with the two sides' names swapped; user_id is swapped only where it is a license's, not a pair's."""
     of_a_license = re.compile(
         r"(\b(?:created|deleted|doomed|carried)\.|\b(?:license|user_licenses)\.|\()user_id"
-        r"(?=(?<=d\.user_id)|, specialization_type| = |, (?:license|user_licenses)\.|\n)"
+        r"(?=(?<=d\.user_id)|, specialization_type| = | between |, (?:license|user_licenses)\.|\n)"
     )
     text = of_a_license.sub(r"\1STUDENT", text)
 

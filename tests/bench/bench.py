@@ -83,7 +83,8 @@ class Bench:
     results: list[Result] = field(default_factory=list)
 
     def connect(self, database: str, **options: Any) -> Connection:
-        return psycopg.connect(dsn_of(self.server, database), autocommit=True, **options)
+        # Nothing prepared: a CALL that was would run as one transaction.
+        return psycopg.connect(dsn_of(self.server, database), autocommit=True, prepare_threshold=None, **options)
 
     def pgbench(self, database: str, script: str, clients: int = 1) -> float:
         """Transactions a second; raises where one failed."""
