@@ -30,7 +30,7 @@ from typing import Any
 
 import psycopg
 
-from academy import KEY, OTHER, SIDE, add_pair, configure, last_run, levels, queued
+from academy import KEY, OTHER, SIDE, add_pair, configure, last_run, levels, queued, wait_until
 from level_sync import install
 
 PATIENCE = 8  # seconds until a step that should end, or come to wait, is given up
@@ -89,9 +89,7 @@ class Schedule:
         elif line == "open":
             self.sessions.pop("gate").close()
         elif found := re.fullmatch(r"(\w+) passes once", line):
-            # Whoever waits is let in by the first of the two; the second waits for the end of that transaction.
-            self.sessions["gate"].execute("select pg_advisory_unlock(4711), pg_advisory_lock(4711)")
-            self._await_blocked(found[1], "gate")
+            self._pass_once(found[1])
         elif found := re.fullmatch(r"(?:of user (\d): )?= (\S+) (\S+)(?: queued (.+))?", line):
             self._expect(int(found[1] or 1), found[2], found[3], found[4] or "")
         elif found := re.fullmatch(r"because (\w+)", line):
@@ -214,6 +212,21 @@ class Schedule:
         )
         assert gated != row[0], "the function has no begin of its own line"
         self.observer.execute(gated.encode())
+
+    def _pass_once(self, name: str) -> None:
+        """The next gate stands in the lock's queue behind whoever waits before this one lets them in."""
+        following = self.database.connect()
+        closing = self.executor.submit(following.execute, "select pg_advisory_lock(4711)")
+        wait_until(
+            lambda: self.observer.execute(
+                "select from pg_locks where pid = %s and not granted", [following.info.backend_pid]
+            ).fetchall(),
+            seconds=PATIENCE,
+        )
+        self.sessions["gate"].close()
+        self.sessions["gate"] = following
+        closing.result(timeout=PATIENCE)
+        self._await_blocked(name, "gate")
 
     def _expect(self, user: int, level_of_x: str, level_of_y: str, sides: str) -> None:
         progress, license_ = levels(self.observer, user)
