@@ -183,7 +183,7 @@ def fill(connection: Connection, pairs: int, level: int = 3) -> None:
 def tidy(connection: Connection) -> None:
     """So that no measurement pays for the one before it."""
     connection.execute("vacuum analyze specialization_progress, user_licenses, level_sync.sync_events")
-    connection.execute("vacuum analyze level_sync.sync_queue")
+    connection.execute("vacuum analyze level_sync.sync_queue, level_sync.pending_pairs, level_sync.sync_plan")
     connection.execute("checkpoint")
 
 
