@@ -15,10 +15,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from academy import LICENSE, PROGRESS, add_pair, bypass, configure, drain, set_level
+from academy import LICENSE, PROGRESS, add_pair, bypass, configure, drain, set_level, wait_until
 from command_line import run
-from conftest import dsn_of, free_port
-from level_sync import schedule
+from conftest import Database, dsn_of, free_port, start_server, temporary_directory, wait_for_launcher
+from level_sync import install, schedule
 from level_sync.runbook import SECTIONS as SECTION_OF
 from level_sync.runbook import section_of
 from level_sync.servers import has_extension, system_binaries
@@ -67,18 +67,21 @@ class Operator:
         self.port = free_port()
         self.role = f"monitor_of_{database.name}"
         self.url = database.dsn
+        self.account: list[str] = []
         self.goes_home: Callable[[], object] = lambda: None
 
     def does(self, language: str, code: str) -> subprocess.CompletedProcess[str]:
         binaries = self.database.server.binaries
         command = [str(binaries / "psql"), "--no-psqlrc", "-qAt", "--set=ON_ERROR_STOP=1", self.database.dsn]
         if language == "sh":
-            command = ["bash", "-e"]
+            # Only the server's own account may start it, never root.
+            command = [*(self.account if "pg_ctl" in code else []), "bash", "-e"]
             code = code.replace("9930", str(self.port)).replace("grant monitor", f"grant {self.role}")
         environment = {
-            "PATH": f"{Path(sys.executable).parent}:{binaries}:/usr/bin:/bin",
+            "PATH": f"{Path(sys.executable).parent}:{binaries}:/usr/bin:/bin:/usr/sbin:/sbin",
             "DATABASE_URL": self.url,
             "OWNER_URL": self.database.dsn,
+            "PGDATA": str(self.database.server.directory / "data"),
             "HOME": str(self.folder),
             "COLUMNS": "200",
         }
@@ -108,6 +111,25 @@ def operator(database, db, tmp_path):
         os.kill(int(pid), signal.SIGKILL)
     db.execute(f"drop owned by {operator.role}")
     db.execute(f"drop role {operator.role}")
+
+
+@pytest.fixture
+def own_operator():
+    """On a server that he may stop and start; it has pg_cron, with no job."""
+    with temporary_directory() as parent:
+        server = start_server("system", parent / "server")
+        try:
+            with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+                connection.execute("create database academy")
+            database = Database(server, "academy")
+            install.migrate(database.dsn)
+            operator = Operator(database, server.directory)
+            if os.geteuid() == 0:
+                operator.account = ["runuser", "-u", "postgres", "--"]
+            yield operator
+            database.close()
+        finally:
+            server.stop()
 
 
 def refuse_level_5(db) -> Callable[[], object]:
@@ -201,6 +223,37 @@ def needs_cron(operator) -> str:
         pytest.skip("this server has no pg_cron")
     operator.goes_home = lambda: schedule.unschedule(operator.database.dsn)
     return dsn_of(operator.database.server, "cron_home")
+
+
+def set_for_the_server(operator, assignment: str) -> None:
+    """alter system, and a restart."""
+    server = operator.database.server
+    with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+        connection.execute(f"alter system {assignment}")
+    server.halt()
+    server.start()
+
+
+def server_stopped(operator):
+    operator.database.server.halt()
+
+
+def cron_not_preloaded(operator):
+    needs_cron(operator)
+    set_for_the_server(operator, "set shared_preload_libraries = auto_explain")
+
+
+def launcher_away(operator):
+    """The server has no place for it. Nothing runs the jobs, so none is cut off by the restart."""
+    needs_cron(operator)
+    set_for_the_server(operator, "set max_worker_processes = 0")
+    schedule.schedule(operator.database.dsn)
+
+    def remove_cause() -> None:
+        with operator.database.connect() as connection:
+            connection.execute("alter system reset max_worker_processes")
+
+    return remove_cause
 
 
 def never_scheduled(operator, db):
@@ -334,14 +387,26 @@ BREAKS = {
     "LevelSyncRowsHidden": [(rows_hidden, [0])],
     "LevelSyncScanStale": [(scan_not_allowed, [0, 1])],
 }
-# Starting and restarting a server; the tests' own is not the machine's.
-NOT_RUN = {("LevelSyncDatabaseUnreachable", 0), ("LevelSyncScheduleBroken", 1)}
+# The same where the server itself is stopped or started: and which check says so, with what.
+BREAKS_OF_SERVERS = {
+    "LevelSyncDatabaseUnreachable": [(server_stopped, [0], "connection", "No such file or directory")],
+    "LevelSyncScheduleBroken": [
+        (cron_not_preloaded, [1, 2, 0], "schedule", "pg_cron is not preloaded"),
+        (launcher_away, [2], "cron_launcher", "the pg_cron launcher is not seen"),
+    ],
+}
 
 
 def test_everything_there_is_to_do_is_done_by_a_test():
     written = {(alert, number) for alert, section in SECTIONS.items() for number in range(len(section.steps["Do"]))}
-    done = {(alert, number) for alert, cases in BREAKS.items() for _, numbers in cases for number in numbers}
-    assert done == written - NOT_RUN
+    done = {
+        (alert, number)
+        for breaks in (BREAKS, BREAKS_OF_SERVERS)
+        for alert, cases in breaks.items()
+        for _, numbers, *_ in cases
+        for number in numbers
+    }
+    assert done == written
 
 
 @pytest.mark.parametrize(
@@ -357,23 +422,61 @@ def test_everything_there_is_to_do_is_done_by_a_test():
     ],
 )
 def test_its_steps_mend_what_it_is_about(operator, db, alert, breakage, numbers):
-    section = SECTIONS[alert]
     remove_cause = breakage(operator, db)
-    (look,), (proof,) = section.steps["Look"], section.steps["See that it worked"]
-    seen = operator.does(*look)
-    assert seen.returncode == 0, seen.stderr
-    assert seen.stdout.strip() != ""
-    not_yet = operator.does(*proof)
-    assert not_yet.returncode != 0 or (section.wants_no_row and not_yet.stdout != ""), not_yet.stdout
+    see_it_is_broken(operator, alert)
     if remove_cause is not None:
         remove_cause()
+    do(operator, alert, numbers)
+    assert told_as_mended(operator, alert)
+
+
+def see_it_is_broken(operator, alert: str) -> str:
+    """What the look shows; what proves the repair does not hold yet."""
+    seen = operator.does(*SECTIONS[alert].steps["Look"][0])
+    assert seen.returncode == 0, seen.stderr
+    assert seen.stdout.strip() != ""
+    assert not told_as_mended(operator, alert)
+    return seen.stdout
+
+
+def do(operator, alert: str, numbers: list[int]) -> None:
     for number in numbers:
-        done = operator.does(*section.steps["Do"][number])
+        done = operator.does(*SECTIONS[alert].steps["Do"][number])
         assert done.returncode == 0, done.stdout + done.stderr
-    worked = operator.does(*proof)
-    assert worked.returncode == 0, worked.stdout + worked.stderr
-    if section.wants_no_row:
-        assert worked.stdout == ""
+
+
+def told_as_mended(operator, alert: str) -> bool:
+    worked = operator.does(*SECTIONS[alert].steps["See that it worked"][0])
+    return worked.returncode == 0 and not (SECTIONS[alert].wants_no_row and worked.stdout)
+
+
+def red_checks(operator) -> dict[str, str]:
+    """What verify says of the checks that are not good."""
+    checks = json.loads(run("verify", "--json", "--dsn", operator.database.dsn).stdout)["checks"]
+    return {check["name"]: check["detail"] for check in checks if check["ok"] is not True}
+
+
+@pytest.mark.parametrize(
+    ("alert", "breakage", "numbers", "check", "detail"),
+    [
+        pytest.param(alert, *case, id=f"{alert}-{case[0].__name__}")
+        for alert, cases in BREAKS_OF_SERVERS.items()
+        for case in cases
+    ],
+)
+def test_its_steps_start_the_server_as_it_should_be(own_operator, alert, breakage, numbers, check, detail):
+    remove_cause = breakage(own_operator)
+    assert detail in red_checks(own_operator)[check]
+    see_it_is_broken(own_operator, alert)
+    if remove_cause is not None:
+        remove_cause()
+        assert not told_as_mended(own_operator, alert)  # the restart is needed
+    do(own_operator, alert, numbers)
+    if alert == "LevelSyncScheduleBroken":
+        with psycopg.connect(dsn_of(own_operator.database.server, "cron_home")) as cron:
+            wait_for_launcher(cron)  # it comes up a moment after the server
+    wait_until(lambda: told_as_mended(own_operator, alert))
+    assert check not in red_checks(own_operator)
 
 
 def test_a_red_check_is_told_with_the_section_that_names_it():
