@@ -68,6 +68,8 @@ class Operator:
         self.role = f"monitor_of_{database.name}"
         self.url = database.dsn
         self.account: list[str] = []
+        self.reads = ""  # the reason, where the runbook tells what to do by it
+        self.patience = 0  # seconds until it must have worked
         self.goes_home: Callable[[], object] = lambda: None
 
     def does(self, language: str, code: str) -> subprocess.CompletedProcess[str]:
@@ -84,6 +86,7 @@ class Operator:
             "PGDATA": str(self.database.server.directory / "data"),
             "HOME": str(self.folder),
             "COLUMNS": "200",
+            "PYTHONPATH": str(self.folder),
         }
         return subprocess.run(
             command,
@@ -346,6 +349,32 @@ def rows_hidden(operator, db):
 def scan_not_allowed(operator, db):
     operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
     db.execute(f"revoke execute on function level_sync._count_desyncs() from {operator.role}")
+    operator.reads = "permission denied"
+
+
+def scan_locked_out(operator, db):
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    blocker = operator.database.connect(autocommit=False)
+    blocker.execute(f"lock table {LICENSE} in access exclusive mode")
+    operator.reads = "lock timeout"
+
+
+def scan_too_slow(operator, db):
+    """Statistics that are far off: the server compiles for rows it does not have, and that alone takes too long.
+
+    A scan takes 30 ms in all otherwise; on a busy machine one out of some must get through.
+    """
+    if not db.execute("select pg_jit_available()").fetchone()[0]:
+        pytest.skip("this server does not compile")
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    (operator.folder / "sitecustomize.py").write_text("from level_sync import scan\n\nscan.SCAN_TIMEOUT = 0.06\n")
+    add_pair(db, 1)
+    db.execute(
+        "update pg_class set reltuples = 1e9, relpages = 1 where oid in (%s::regclass, %s::regclass)",
+        [PROGRESS, LICENSE],
+    )
+    operator.reads = "statement timeout"
+    operator.patience = 60
 
 
 def test_every_alert_has_a_section_and_every_section_an_alert():
@@ -385,7 +414,7 @@ BREAKS = {
         (foreign_key_not_validated, [3]),
     ],
     "LevelSyncRowsHidden": [(rows_hidden, [0])],
-    "LevelSyncScanStale": [(scan_not_allowed, [0, 1])],
+    "LevelSyncScanStale": [(scan_too_slow, [0]), (scan_not_allowed, [1]), (scan_locked_out, [2])],
 }
 # The same where the server itself is stopped or started: and which check says so, with what.
 BREAKS_OF_SERVERS = {
@@ -415,7 +444,9 @@ def test_everything_there_is_to_do_is_done_by_a_test():
         pytest.param(
             *(alert, breakage, numbers),
             id=f"{alert}-{breakage.__name__}",
-            marks=pytest.mark.servers("system") if alert == "LevelSyncScheduleBroken" else (),
+            marks=pytest.mark.servers("system")
+            if alert == "LevelSyncScheduleBroken" or breakage is scan_too_slow
+            else (),
         )
         for alert, cases in BREAKS.items()
         for breakage, numbers in cases
@@ -427,16 +458,16 @@ def test_its_steps_mend_what_it_is_about(operator, db, alert, breakage, numbers)
     if remove_cause is not None:
         remove_cause()
     do(operator, alert, numbers)
-    assert told_as_mended(operator, alert)
+    wait_until(lambda: told_as_mended(operator, alert), seconds=operator.patience)
 
 
-def see_it_is_broken(operator, alert: str) -> str:
-    """What the look shows; what proves the repair does not hold yet."""
+def see_it_is_broken(operator, alert: str) -> None:
+    """The look shows it, and what proves the repair does not hold yet."""
     seen = operator.does(*SECTIONS[alert].steps["Look"][0])
     assert seen.returncode == 0, seen.stderr
     assert seen.stdout.strip() != ""
+    assert operator.reads in seen.stdout
     assert not told_as_mended(operator, alert)
-    return seen.stdout
 
 
 def do(operator, alert: str, numbers: list[int]) -> None:
