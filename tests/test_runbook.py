@@ -154,17 +154,20 @@ def exporter_down(operator, db):
 def database_unreachable(operator, db):
     operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
     db.execute("select level_sync._revoke_from(%s)", [operator.role])
+    operator.reads = "permission denied"
 
 
 def not_installed(operator, db):
     operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
     db.execute("drop schema level_sync cascade")
+    operator.reads = "does not exist"
 
 
 def locked(operator, db):
     operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
     blocker = operator.database.connect(autocommit=False)
     blocker.execute("lock table level_sync.sync_log in access exclusive mode")
+    operator.reads = "lock timeout"
 
 
 def run_failed(operator, db):
@@ -239,6 +242,7 @@ def set_for_the_server(operator, assignment: str) -> None:
 
 def server_stopped(operator):
     operator.database.server.halt()
+    operator.reads = "No such file"
 
 
 def cron_not_preloaded(operator):
