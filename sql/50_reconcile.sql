@@ -198,6 +198,12 @@ begin
     from level_sync._desync_issues_between(first_user, coalesce(last_user, 9223372036854775807)) as issues
   on conflict do nothing;
 
+  -- A long plan that nobody has looked at yet would be sorted again for each batch of it.
+  if last_user is null and exists (
+    select from level_sync.sync_plan as plan where plan.run_id = _plan_range.run_id offset 5000)
+  then
+    analyze (skip_locked) level_sync.sync_plan;
+  end if;
   return case when last_user < 9223372036854775807 then last_user + 1 end;
 end
 $$;
