@@ -98,6 +98,7 @@ create or replace function level_sync._cron_field(field text, lowest integer, hi
   set search_path = pg_catalog, pg_temp
 as $$
 declare
+  given  constant text := field;
   part   text;
   bounds text[];
   step   integer;
@@ -113,14 +114,14 @@ begin
     bounds := regexp_match(part, '^(?:\*|(\d{1,2})(?:-(\d{1,2}))?)(?:/(\d{1,2}))?$');
     if bounds is null then
       raise invalid_parameter_value using
-        message = format('%L is not a cron field between %s and %s', part, lowest, highest);
+        message = format('%L is not a cron field between %s and %s', given, lowest, highest);
     end if;
     step  := coalesce(bounds[3]::integer, 1);
     first := coalesce(bounds[1]::integer, lowest);
     last  := coalesce(bounds[2]::integer, case when bounds[1] is null or bounds[3] is not null then highest else first end);
     if first < lowest or last > highest or first > last or step < 1 then
       raise invalid_parameter_value using
-        message = format('%L is out of range: a cron field between %s and %s', part, lowest, highest);
+        message = format('%L is out of range: a cron field between %s and %s', given, lowest, highest);
     end if;
     found_values := found_values || array(select generate_series(first, last, step));
   end loop;

@@ -195,3 +195,10 @@ def test_events_cannot_be_changed_by_hand(db):
     for statement in ("update level_sync.sync_events set new_level = 8", "truncate level_sync.sync_events"):
         with pytest.raises(psycopg.errors.RestrictViolation, match="refused"):
             db.execute(statement)
+
+
+@pytest.mark.parametrize("expression", ["* * * * sunday", "* * * mont *", "61 * * * *"])
+def test_a_bad_cron_field_is_told_as_it_was_written(db, expression):
+    field = next(field for field in expression.split() if field != "*")
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=f"'{field}' is"):
+        db.execute("select level_sync._last_slot(%s, now())", [expression])
