@@ -101,6 +101,15 @@ def test_red_is_told_once_and_green_once():
         "    docker/RUNBOOK.md, section LevelSyncTriggersOrFunctionsChanged"
     )
     assert told[1].subject == "level_sync in academy at db: green again triggers"
+    assert told[1].green == [{"name": "triggers", "ok": True, "was": "license_level_changed is disabled"}]
+
+
+def test_each_message_to_a_command_is_one_line(tmp_path):
+    file = tmp_path / "messages"
+    channel = by_command(f"cat >> {file}")
+    for subject in ("one", "two"):
+        channel.send(Message(subject, "text\nof two lines"))
+    assert [json.loads(line)["subject"] for line in file.read_text().splitlines()] == ["one", "two"]
 
 
 def test_what_could_not_be_checked_is_not_good():

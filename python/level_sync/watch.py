@@ -181,7 +181,7 @@ def by_command(command: str) -> Channel:
             command, shell=True, stdin=subprocess.PIPE, text=True, start_new_session=True
         )
         try:
-            process.communicate(json.dumps(asdict(message)), timeout=SEND_TIMEOUT)
+            process.communicate(json.dumps(asdict(message)) + "\n", timeout=SEND_TIMEOUT)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -372,8 +372,12 @@ def message_of(where: str, red: Sequence[Check], green: Sequence[Check]) -> Mess
     lines = [f"RED {check.name}: {short(check.detail)}\n    {check.hint}{more(check)}" for check in red]
     lines += [f"green again {check.name} (it was: {short(check.detail)})" for check in green]
     subject = " ".join(f"level_sync in {where}: {'; '.join(parts)}".split())
-    found = [[{**check.as_json(), "detail": short(check.detail)} for check in checks] for checks in (red, green)]
-    return Message(subject, "\n".join(lines), *found)
+    return Message(
+        subject,
+        "\n".join(lines),
+        [{**check.as_json(), "detail": short(check.detail)} for check in red],
+        [{"name": check.name, "ok": True, "was": short(check.detail)} for check in green],
+    )
 
 
 def short(text: str) -> str:
