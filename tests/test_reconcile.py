@@ -510,3 +510,34 @@ def test_progress_is_told_to_a_session_that_asks_and_to_no_other(database, db):
     assert looking == sorted(looking)
     assert all(0 < done < total == 999 for done, total in looking)
     assert repairing == [(20, 40), (40, 40)]
+
+
+def test_ranges_that_are_estimated_leave_no_user_out(db):
+    """Dense, sparse and far apart: after ANALYZE the planner's estimate says where a range ends."""
+    configure(db, batch_size=20)
+    with bypass(db):
+        db.execute(
+            "insert into users (id)"
+            " select n from generate_series(1, 3000) as n"
+            " union select 10000 + n * 1000003 from generate_series(1, 500) as n"
+            " union select 900000000000 + n from generate_series(1, 2000) as n"
+        )
+        db.execute(f"insert into {PROGRESS} (student_id, specialization_id) select id, 'PLAYER' from users")
+    db.execute(f"insert into {LICENSE} (user_id, specialization_type) select id, 'COACH' from users")
+    db.execute(f"analyze {PROGRESS}, {LICENSE}")
+    ranges, first = 0, -(2**63)
+    while first is not None:
+        row = db.execute("select level_sync._end_of_range(%s, 200)", [first]).fetchone()
+        assert row is not None
+        held = db.execute(
+            f"select count(*) from {PROGRESS} where student_id between %s and coalesce(%s, 9223372036854775807)",
+            [first, row[0]],
+        ).fetchone()
+        assert held is not None
+        assert held[0] <= 4000
+        ranges, first = ranges + 1, None if row[0] is None else row[0] + 1
+    assert ranges > 10
+    db.execute("call level_sync.reconcile(dry_run => true)")
+    assert last_run(db)["issues_found"] == 5500
+    db.execute("call level_sync.reconcile()")
+    assert last_run(db)["synced_count"] == 5500
