@@ -13,10 +13,13 @@ declare
   outer_work_mem constant text := current_setting('work_mem');
 begin
   -- The planner takes the two columns of a pair for independent and expects a handful of matches however many pairs
-  -- there are. Where they are a good part of the table, one look at each row of it is quicker than one at each pair.
-  if cardinality(user_ids) > 1000 and cardinality(user_ids) > (
-    select 0.05 * max(pg_class.reltuples) from pg_class
-     where pg_class.oid in ('public.specialization_progress'::regclass, 'public.user_licenses'::regclass))
+  -- there are. Where they are a good part of the table, or of the users from the first to the last of them, one look
+  -- at each row there is quicker than one at each pair.
+  if cardinality(user_ids) > 1000 and (
+    cardinality(user_ids) > (
+      select 0.05 * max(pg_class.reltuples) from pg_class
+       where pg_class.oid in ('public.specialization_progress'::regclass, 'public.user_licenses'::regclass))
+    or cardinality(user_ids) > 0.25 * (select max(pair.user_id)::numeric - min(pair.user_id) from unnest(user_ids) as pair (user_id)))
   then
     perform set_config('enable_nestloop', 'off', true);
     if pg_size_bytes(outer_work_mem) < pg_size_bytes('64MB') then
@@ -511,8 +514,8 @@ create or replace function level_sync._drain_batch(due_before timestamptz)
 as $$
 declare
   rule             record;
+  ripe             record;
   pairs            record;
-  ends             record;
   lockable_numbers bigint[];
   free             record;
   failures         record;
@@ -539,53 +542,54 @@ begin
    where left_behind.change <> 'left'
    order by left_behind.pending_id;
 
+  -- Locked, so that a pair whose ripe entry another drain holds is not taken up again and again for its other entries.
+  select array_agg(entry.user_id) as user_ids, array_agg(entry.specialization) as specializations,
+         min(entry.user_id) as first_user, max(entry.user_id) as last_user
+    into ripe
+    from (
+      select queued.user_id, queued.specialization
+        from level_sync.sync_queue as queued
+       where queued.dead_at is null
+         and queued.next_attempt_at <= due_before
+       order by queued.next_attempt_at
+       limit rule.batch_size
+         for update skip locked
+    ) as entry;
+  if ripe.user_ids is null then
+    return 0;
+  end if;
+
   -- Coalesced: the newest entry of a pair tells which side was written last.
-  with ripe as materialized (
-    -- Locked, so that a pair whose ripe entry another drain holds is not taken up again and again for its other entries.
-    select queued.user_id, queued.specialization
-      from level_sync.sync_queue as queued
-     where queued.dead_at is null
-       and queued.next_attempt_at <= due_before
-     order by queued.next_attempt_at
-     limit rule.batch_size
-       for update skip locked
-  ), due as materialized (
-    select distinct ripe.user_id, ripe.specialization from ripe
+  with due as (
+    select distinct pair.user_id, pair.specialization
+      from unnest(ripe.user_ids, ripe.specializations) as pair (user_id, specialization)
   ), taken as materialized (
     select queued.*
       from level_sync.sync_queue as queued
       join due on due.user_id = queued.user_id and due.specialization = queued.specialization
+     where queued.user_id between ripe.first_user and ripe.last_user
        for update of queued skip locked
-  ), latest as (
+  ), latest as materialized (
     select distinct on (taken.user_id, taken.specialization)
            taken.user_id, taken.specialization, taken.side, taken.change, taken.queue_id, taken.actor, taken.reason,
-           max(taken.attempts) filter (where taken.dead_at is null)
-             over (partition by taken.user_id, taken.specialization) as attempts
+           max(taken.attempts) filter (where taken.dead_at is null) over pair as attempts
       from taken
+    window pair as (
+             partition by taken.user_id, taken.specialization order by taken.queued_at desc, taken.queue_id desc
+             rows between unbounded preceding and unbounded following)
      order by taken.user_id, taken.specialization, taken.queued_at desc, taken.queue_id desc
   ), coalesced as (
     delete from level_sync.sync_queue as queued
-     using latest
-     where queued.user_id = latest.user_id
-       and queued.specialization = latest.specialization
-       and queued.queue_id in (select taken.queue_id from taken)
-       and queued.queue_id <> latest.queue_id
+     using taken
+     where taken.queue_id not in (select latest.queue_id from latest)
+       and queued.user_id = taken.user_id
+       and queued.queue_id = taken.queue_id
   )
-  select array_agg(latest.user_id order by latest.user_id, latest.specialization) as user_ids,
-         array_agg(latest.specialization order by latest.user_id, latest.specialization) as specializations,
-         array_agg(latest.side order by latest.user_id, latest.specialization) as sides,
-         array_agg(latest.change order by latest.user_id, latest.specialization) as changes,
-         array_agg(latest.queue_id order by latest.user_id, latest.specialization) as queue_ids,
-         array_agg(latest.attempts order by latest.user_id, latest.specialization) as attempts,
-         array_agg(latest.actor order by latest.user_id, latest.specialization) as actors,
-         array_agg(latest.reason order by latest.user_id, latest.specialization) as reasons
+  select array_agg(latest.user_id) as user_ids, array_agg(latest.specialization) as specializations,
+         array_agg(latest.side) as sides, array_agg(latest.change) as changes, array_agg(latest.queue_id) as queue_ids,
+         array_agg(latest.attempts) as attempts, array_agg(latest.actor) as actors, array_agg(latest.reason) as reasons
     into pairs
     from latest;
-  if pairs.user_ids is null then
-    return 0;
-  end if;
-
-  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(pairs.user_ids) as pair (user_id);
 
   -- A statement of its own: the next one's snapshot has what was written until the locks were taken.
   select array_agg(lockable.pair_number)
@@ -595,40 +599,42 @@ begin
   -- The row that was written may be gone, by a way that triggers do not see: then the one that is left is the truth.
   -- And one whose deletion waits here may have come back.
   -- A missing row cannot be locked: should it come just now, the higher of the two levels stands, as for any insert.
-  select array_agg(pair.user_id order by pair.pair_number) as user_ids,
-         array_agg(pair.specialization order by pair.pair_number) as specializations,
-         array_agg(case when pair.change = 'deleted' then pair.side
-                        when progress.student_id is null and license.user_id is not null then 'license'
-                        when license.user_id is null and progress.student_id is not null then 'progress'
-                        else pair.side end order by pair.pair_number) as sides,
-         array_agg(case when pair.change = 'level_changed' and (progress.student_id is null or license.user_id is null)
-                          or pair.change = 'deleted' and pair.side = 'progress' and progress.student_id is not null
-                          or pair.change = 'deleted' and pair.side = 'license' and license.user_id is not null
-                        then 'created' else pair.change end order by pair.pair_number) as changes,
-         array_agg(pair.queue_id order by pair.pair_number) as queue_ids,
-         array_agg(pair.attempts order by pair.pair_number) as attempts,
-         array_agg(pair.actor order by pair.pair_number) as actors,
-         array_agg(pair.reason order by pair.pair_number) as reasons
+  select array_agg(pair.user_id) as user_ids, array_agg(pair.specialization) as specializations,
+         array_agg(pair.side) as sides, array_agg(pair.change) as changes, array_agg(pair.queue_id) as queue_ids,
+         array_agg(pair.attempts) as attempts, array_agg(pair.actor) as actors, array_agg(pair.reason) as reasons
     into free
-    from unnest(lockable_numbers) as lockable (pair_number)
-    join unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.queue_ids, pairs.attempts,
-                pairs.actors, pairs.reasons)
-           with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, actor, reason, pair_number)
-      on pair.pair_number = lockable.pair_number
-    left join public.specialization_progress as progress
-      on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-     and progress.student_id between ends.first_user and ends.last_user
-    left join public.user_licenses as license
-      on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-     and license.user_id between ends.first_user and ends.last_user
-   -- Written since the queue was read: the newer entry, not this one, knows the side.
-   where not exists (
-           select from level_sync.sync_queue as newer
-            where newer.user_id = pair.user_id and newer.specialization = pair.specialization
-              and newer.queue_id <> pair.queue_id)
-     and not exists (
-           select from level_sync.pending_pairs as newer
-            where newer.user_id = pair.user_id and newer.specialization = pair.specialization);
+    from (
+      select pair.user_id, pair.specialization, pair.queue_id, pair.attempts, pair.actor, pair.reason,
+             case when pair.change = 'deleted' then pair.side
+                  when progress.student_id is null and license.user_id is not null then 'license'
+                  when license.user_id is null and progress.student_id is not null then 'progress'
+                  else pair.side end as side,
+             case when pair.change = 'level_changed' and (progress.student_id is null or license.user_id is null)
+                    or pair.change = 'deleted' and pair.side = 'progress' and progress.student_id is not null
+                    or pair.change = 'deleted' and pair.side = 'license' and license.user_id is not null
+                  then 'created' else pair.change end as change
+        from unnest(lockable_numbers) as lockable (pair_number)
+        join unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.queue_ids, pairs.attempts,
+                    pairs.actors, pairs.reasons)
+               with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, actor, reason, pair_number)
+          on pair.pair_number = lockable.pair_number
+        left join public.specialization_progress as progress
+          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+         and progress.student_id between ripe.first_user and ripe.last_user
+        left join public.user_licenses as license
+          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+         and license.user_id between ripe.first_user and ripe.last_user
+       -- Written since the queue was read: the newer entry, not this one, knows the side.
+       where not exists (
+               select from level_sync.sync_queue as newer
+                where newer.user_id = pair.user_id and newer.specialization = pair.specialization
+                  and newer.user_id between ripe.first_user and ripe.last_user
+                  and newer.queue_id <> pair.queue_id)
+         and not exists (
+               select from level_sync.pending_pairs as newer
+                where newer.user_id = pair.user_id and newer.specialization = pair.specialization)
+       order by pair.pair_number
+    ) as pair;
 
   -- Somebody else is at work on these: not a failure, only later.
   update level_sync.sync_queue as queued
@@ -664,6 +670,7 @@ begin
     delete from level_sync.sync_queue as queued
      using outcome
      where outcome.is_done
+       and queued.user_id between ripe.first_user and ripe.last_user
        and queued.user_id = outcome.user_id
        and queued.queue_id = outcome.queue_id
   )

@@ -34,25 +34,23 @@ as $$
          case issue.issue_type
            when 'missing_license' then 'create_license'
            when 'missing_progress' then 'create_progress'
-           else (
-             select case settings.conflict_policy
-                      when 'progress_wins' then 'update_license'
-                      when 'license_wins'  then 'update_progress'
-                      when 'highest_wins'  then case when license.current_level > coalesce(progress.current_level, 0)
-                                                     then 'update_progress' else 'update_license' end
-                      when 'latest_wins'   then (
-                        -- Looked up here, for the few pairs that differ: the scan below stays index-only. As seconds,
-                        -- so that a timestamp without time zone counts as UTC.
-                        select case when extract(epoch from issued.last_advanced_at) > extract(epoch from earned.last_activity)
-                                    then 'update_progress' else 'update_license' end
-                          from public.specialization_progress as earned
-                          join public.user_licenses as issued
-                            on issued.user_id = earned.student_id and issued.specialization_type = earned.specialization_id
-                         where earned.student_id = progress.student_id
-                           and earned.specialization_id = progress.specialization_id)
-                      else 'report_only'
-                    end
-               from level_sync.settings)
+           else case (select settings.conflict_policy from level_sync.settings)
+                  when 'progress_wins' then 'update_license'
+                  when 'license_wins'  then 'update_progress'
+                  when 'highest_wins'  then case when license.current_level > coalesce(progress.current_level, 0)
+                                                 then 'update_progress' else 'update_license' end
+                  when 'latest_wins'   then (
+                    -- Looked up here, for the few pairs that differ: the scan below stays index-only. As seconds,
+                    -- so that a timestamp without time zone counts as UTC.
+                    select case when extract(epoch from issued.last_advanced_at) > extract(epoch from earned.last_activity)
+                                then 'update_progress' else 'update_license' end
+                      from public.specialization_progress as earned
+                      join public.user_licenses as issued
+                        on issued.user_id = earned.student_id and issued.specialization_type = earned.specialization_id
+                     where earned.student_id = progress.student_id
+                       and earned.specialization_id = progress.specialization_id)
+                  else 'report_only'
+                end
          end
     from (
       select earned.student_id, earned.specialization_id, earned.current_level

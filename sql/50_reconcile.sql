@@ -195,8 +195,7 @@ begin
          case when issues.issue_type = 'level_mismatch' and _plan_range.direction is not null
               then case _plan_range.direction when 'progress_to_license' then 'update_license' else 'update_progress' end
               else issues.recommended_action end
-    from level_sync._desync_issues_between(first_user, coalesce(last_user, 9223372036854775807)) as issues
-  on conflict do nothing;
+    from level_sync._desync_issues_between(first_user, coalesce(last_user, 9223372036854775807)) as issues;
 
   -- A long plan that nobody has looked at yet would be sorted again for each batch of it.
   if last_user is null and exists (
@@ -389,12 +388,40 @@ declare
   counts   record;
   finished level_sync.sync_log;
 begin
-  select count(*) as found,
-         count(*) filter (where plan.outcome = 'repaired') as repaired,
-         count(*) filter (where plan.outcome = 'failed') as failed
+  -- Once through the plan, which may be long; the rest is counted from these few rows.
+  with counted as materialized (
+    select plan.issue_type, plan.action, plan.outcome, count(*) as pairs
+      from level_sync.sync_plan as plan
+     where plan.run_id = plan_id
+     group by plan.issue_type, plan.action, plan.outcome
+  ), summed as (
+    select sum(counted.pairs) as found,
+           sum(counted.pairs) filter (where counted.outcome = 'repaired') as repaired,
+           sum(counted.pairs) filter (where counted.outcome = 'failed') as failed
+      from counted
+  )
+  select coalesce(summed.found, 0) as found, coalesce(summed.repaired, 0) as repaired, coalesce(summed.failed, 0) as failed,
+         jsonb_build_object(
+           'plan', plan_id,
+           'issues', (
+             select coalesce(jsonb_object_agg(by_type.issue_type, by_type.pairs), '{}')
+               from (select counted.issue_type, sum(counted.pairs) as pairs from counted group by counted.issue_type) as by_type),
+           'actions', (
+             select coalesce(jsonb_object_agg(by_action.action, by_action.pairs), '{}')
+               from (select counted.action, sum(counted.pairs) as pairs from counted group by counted.action) as by_action),
+           'repairs', (
+             select coalesce(jsonb_object_agg(by_action.action, by_action.pairs), '{}')
+               from (select counted.action, sum(counted.pairs) as pairs from counted
+                      where counted.outcome = 'repaired' group by counted.action) as by_action),
+           'outcomes', (
+             select coalesce(jsonb_object_agg(by_outcome.outcome, by_outcome.pairs), '{}')
+               from (select counted.outcome, sum(counted.pairs) as pairs from counted group by counted.outcome) as by_outcome),
+           'sample', (
+             select coalesce(jsonb_agg(to_jsonb(sample) - 'run_id'), '[]')
+               from (select * from level_sync.sync_plan as plan
+                      where plan.run_id = plan_id order by plan.user_id, plan.specialization limit 20) as sample)) as results
     into counts
-    from level_sync.sync_plan as plan
-   where plan.run_id = plan_id;
+    from summed;
 
   update level_sync.sync_log
      set status = coalesce(_finish_run.status, case when counts.failed > 0 then 'partial' else 'success' end),
@@ -403,28 +430,7 @@ begin
          synced_count = counts.repaired,
          failed_count = counts.failed,
          error = _finish_run.error,
-         results = jsonb_build_object(
-           'plan', plan_id,
-           'issues', (
-             select coalesce(jsonb_object_agg(by_type.issue_type, by_type.pairs), '{}')
-               from (select plan.issue_type, count(*) as pairs from level_sync.sync_plan as plan
-                      where plan.run_id = plan_id group by plan.issue_type) as by_type),
-           'actions', (
-             select coalesce(jsonb_object_agg(by_action.action, by_action.pairs), '{}')
-               from (select plan.action, count(*) as pairs from level_sync.sync_plan as plan
-                      where plan.run_id = plan_id group by plan.action) as by_action),
-           'repairs', (
-             select coalesce(jsonb_object_agg(by_action.action, by_action.pairs), '{}')
-               from (select plan.action, count(*) as pairs from level_sync.sync_plan as plan
-                      where plan.run_id = plan_id and plan.outcome = 'repaired' group by plan.action) as by_action),
-           'outcomes', (
-             select coalesce(jsonb_object_agg(by_outcome.outcome, by_outcome.pairs), '{}')
-               from (select plan.outcome, count(*) as pairs from level_sync.sync_plan as plan
-                      where plan.run_id = plan_id group by plan.outcome) as by_outcome),
-           'sample', (
-             select coalesce(jsonb_agg(to_jsonb(sample) - 'run_id'), '[]')
-               from (select * from level_sync.sync_plan as plan
-                      where plan.run_id = plan_id order by plan.user_id, plan.specialization limit 20) as sample))
+         results = counts.results
    where sync_log.run_id = _finish_run.run_id
   returning sync_log.* into finished;
 
