@@ -630,9 +630,8 @@ begin
                 where newer.user_id = pair.user_id and newer.specialization = pair.specialization
                   and newer.user_id between ripe.first_user and ripe.last_user
                   and newer.queue_id <> pair.queue_id)
-         and not exists (
-               select from level_sync.pending_pairs as newer
-                where newer.user_id = pair.user_id and newer.specialization = pair.specialization)
+         and (pair.user_id, pair.specialization) not in (
+               select newer.user_id, newer.specialization from level_sync.pending_pairs as newer)
        order by pair.pair_number
     ) as pair;
 

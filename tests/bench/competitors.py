@@ -61,6 +61,86 @@ def by_hand(what: str) -> tuple[str, ...]:
     )
 
 
+# The least that a trigger can do, to see how near level_sync is to it. None of them keeps a promise: they wait for
+# locks, fail the write, and go only one way.
+LEAST_TRIGGERS = {
+    "nothing": """
+        create function does_little() returns trigger language plpgsql as $$ begin return null; end $$;
+        create trigger does_little after update on specialization_progress for each row
+          when (old.current_level is distinct from new.current_level) execute function does_little();
+    """,
+    "carry": """
+        create function does_little() returns trigger language plpgsql as $$
+        begin
+          update user_licenses
+             set current_level = new.current_level,
+                 max_achieved_level = greatest(max_achieved_level, new.current_level),
+                 last_advanced_at = now()
+           where user_id = new.student_id and specialization_type = new.specialization_id;
+          insert into level_sync.sync_events
+                 (occurred_at, user_id, specialization, direction, action, old_level, new_level, source)
+          values (now(), new.student_id, new.specialization_id, 'progress_to_license', 'updated', old.current_level,
+                  new.current_level, 'manual');
+          return null;
+        end $$;
+        create trigger does_little after update on specialization_progress for each row
+          when (old.current_level is distinct from new.current_level) execute function does_little();
+    """,
+    "note": """
+        create unlogged table noted (user_id bigint, specialization text);
+        create function does_little() returns trigger language plpgsql as $$
+        begin
+          insert into noted values (new.student_id, new.specialization_id);
+          return null;
+        end $$;
+        create trigger does_little after update on specialization_progress for each row
+          when (old.current_level is distinct from new.current_level) execute function does_little();
+    """,
+}
+DROP_LEAST = """
+    drop trigger if exists does_little on specialization_progress;
+    drop function if exists does_little();
+    drop table if exists noted;
+"""
+
+# The set by hand as it would have to be written beside live writers: in batches, each row locked before it is read and
+# none waited for, each batch a transaction.
+IN_BATCHES = """
+    with batch as materialized (
+      select student_id as user_id, specialization_id as specialization, progress.current_level as new_level
+        from specialization_progress as progress
+       where student_id between %(first)s and %(last)s
+         for no key update skip locked
+    ), license as materialized (
+      select user_id, specialization_type as specialization, current_level as old_level
+        from user_licenses
+       where user_id between %(first)s and %(last)s
+         for no key update skip locked
+    ), carried as (
+      update user_licenses as target
+         set current_level = batch.new_level,
+             max_achieved_level = greatest(target.max_achieved_level, batch.new_level),
+             last_advanced_at = now()
+        from batch
+        join license using (user_id, specialization)
+       where batch.new_level <> license.old_level
+         and target.user_id between %(first)s and %(last)s
+         and target.user_id = batch.user_id and target.specialization_type = batch.specialization
+      returning target.user_id, target.specialization_type, license.old_level, target.current_level
+    ), settled as (
+      delete from level_sync.sync_queue as queued
+       using carried
+       where queued.user_id between %(first)s and %(last)s
+         and queued.user_id = carried.user_id and queued.specialization = carried.specialization_type
+    )
+    insert into level_sync.sync_events
+           (occurred_at, user_id, specialization, direction, action, old_level, new_level, source)
+    select now(), carried.user_id, carried.specialization_type, 'progress_to_license', 'updated', carried.old_level,
+           carried.current_level, 'manual'
+      from carried
+"""
+
+
 class Base(DeclarativeBase):
     pass
 
