@@ -315,11 +315,11 @@ begin
                      else 'pg_cron is not installed in this database' end,
       hint    = case when cron.is_preloaded and cron.cron_database <> current_database()
                      then 'Run level-sync schedule, which makes the jobs there with cron.schedule_in_database.'
-                     else 'Install the package (postgresql-NN-cron), set shared_preload_libraries = ''pg_cron'', restart, and create extension pg_cron; or run "level-sync reconcile" from another scheduler, such as cron or a systemd timer.'
+                     else 'Install the package (postgresql-NN-cron), set shared_preload_libraries = ''pg_cron'', restart, and create extension pg_cron; or let another scheduler, such as cron or a systemd timer, run "level-sync reconcile" and "call level_sync.maintain()", and set level_sync.settings.uses_pg_cron to false.'
                           || case when cron.is_preloaded is null then ' If pg_cron lives in another database, grant pg_read_all_settings to this role, so that it can be found.' else '' end end;
   end if;
 
-  update level_sync.settings set schedule = wanted;
+  update level_sync.settings set schedule = wanted, uses_pg_cron = true;
   for job in select * from level_sync._wanted_cron_jobs(wanted) loop
     execute 'select cron.schedule($1, $2, $3)' into job_id using job.jobname, job.schedule, job.command;
     scheduled := scheduled || jsonb_build_object(job.jobname, job_id);

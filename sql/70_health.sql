@@ -347,6 +347,11 @@ declare
   cron record;
   jobs jsonb;
 begin
+  if not (select settings.uses_pg_cron from level_sync.settings) then
+    return query select 'schedule', true, 'another scheduler runs level_sync (settings.uses_pg_cron is false)'::text,
+      'The checks last_success and queue_draining show whether it does.'::text;
+    return;
+  end if;
   select * into cron from level_sync._cron_access();
   if cron.is_preloaded is null then
     return query select 'schedule', null::boolean,
@@ -355,7 +360,7 @@ begin
     return;
   elsif not cron.is_preloaded then
     return query select 'schedule', false, 'pg_cron is not preloaded'::text,
-      'Install postgresql-NN-cron, set shared_preload_libraries = ''pg_cron'' and restart; or run "level-sync reconcile" from another scheduler.';
+      'Install postgresql-NN-cron, set shared_preload_libraries = ''pg_cron'' and restart; or let another scheduler run "level-sync reconcile" and "call level_sync.maintain()", and set level_sync.settings.uses_pg_cron to false.';
     return;
   end if;
 
@@ -385,7 +390,7 @@ end
 $$;
 
 comment on function level_sync._check_schedule() is
-  'pg_cron is preloaded and its launcher runs, and what _judge_cron_jobs says of the jobs; NULL where they cannot be read.';
+  'pg_cron is preloaded and its launcher runs, and what _judge_cron_jobs says of the jobs; NULL where they cannot be read. Good without a look where another scheduler does it.';
 
 -- Writes a pair both ways and takes it back. Not part of health: reading a view should not write.
 create or replace function level_sync._check_live()

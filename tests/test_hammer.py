@@ -30,6 +30,7 @@ from academy import (
     set_level,
     user_trigger,
 )
+from level_sync.servers import system_binaries
 
 CLIENTS = 26
 HURRIED = 4  # clients with a statement_timeout
@@ -56,23 +57,8 @@ create trigger moody before insert or update on user_licenses for each row execu
 
 @pytest.fixture
 def writes(request) -> int:
-    return 1_000_000 if request.config.getoption("proof") else 10_000
-
-
-@pytest.fixture
-def progress(capsys) -> Callable[[str], None]:
-    """progress(text) prints how far a long test is, at most every ten seconds."""
-    told_at = time.monotonic()
-
-    def tell(text: str) -> None:
-        nonlocal told_at
-        if time.monotonic() - told_at < 10:
-            return
-        told_at = time.monotonic()
-        with capsys.disabled():
-            print(f"\n{text}", end="", flush=True)
-
-    return tell
+    """How many: the long version's are shared by the servers there are."""
+    return (500_000 if system_binaries() else 1_000_000) if request.config.getoption("proof") else 10_000
 
 
 class Writers(threading.Thread):

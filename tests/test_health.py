@@ -207,6 +207,16 @@ def test_without_pg_cron_the_schedule_is_red_and_says_what_to_install(database, 
     assert exit_code(verify(database.dsn)) == SCHEDULE
 
 
+def test_where_another_scheduler_runs_it_no_jobs_are_looked_for(database, healthy):
+    configure(healthy, uses_pg_cron=False)
+    ok, detail, hint = health(healthy)["schedule"]
+    assert ok
+    assert "another scheduler" in detail
+    assert "last_success" in hint
+    assert [check.name for check in verify(database.dsn) if check.bit == SCHEDULE and "cron" in check.name] == []
+    assert exit_code(verify(database.dsn)) == 0
+
+
 def test_of_jobs_with_our_names_those_of_this_database_and_active_ones_are_judged(db):
     """Two databases share one pg_cron, and somebody has made a second job and switched it off."""
     here = db.info.dbname

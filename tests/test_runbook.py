@@ -15,7 +15,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from academy import LICENSE, PROGRESS, add_pair, bypass, configure, drain, set_level, wait_until
+from academy import LICENSE, PROGRESS, add_pair, bypass, configure, drain, levels, set_level, wait_until
 from command_line import run
 from conftest import Database, dsn_of, free_port, start_server, temporary_directory, wait_for_launcher
 from level_sync import install, schedule
@@ -300,6 +300,24 @@ def job_failing(operator, db):
     return lambda: runs("succeeded")
 
 
+def another_scheduler(operator, db):
+    needs_cron(operator)  # so that the check is about the jobs, which are not there
+    db.execute("call level_sync.reconcile()")
+
+
+def cron_cannot_connect(operator):
+    """Its job is waited for, a minute at most: pg_cron itself says that it failed, and later that it did not."""
+    cron_home = needs_cron(operator)
+    set_for_the_server(operator, "set cron.use_background_workers = off")
+    set_for_the_server(operator, "set cron.host = 'nowhere.invalid'")
+    schedule.schedule(operator.database.dsn)
+    operator.patience = 80
+    with psycopg.connect(cron_home, autocommit=True) as cron:
+        wait_until(
+            lambda: cron.execute("select from cron.job_run_details where status = 'failed'").fetchall(), seconds=80
+        )
+
+
 def user_missing(operator, db):
     add_pair(db, 1, level=2)
     db.execute("update users set name = 'somebody'")
@@ -335,6 +353,7 @@ def rows_hidden(operator, db):
     owner = f"owner_of_{operator.database.name}"
     db.execute(f"create role {owner}")
     db.execute(f"grant usage, create on schema level_sync, public to {owner}")
+    db.execute(f"alter schema level_sync owner to {owner}")
     for table in (PROGRESS, LICENSE):
         db.execute(f"alter table {table} owner to {owner}")
         db.execute(f"alter table {table} enable row level security")
@@ -403,31 +422,41 @@ BREAKS = {
     "LevelSyncExporterDown": [(exporter_down, [0])],
     "LevelSyncDatabaseUnreachable": [(database_unreachable, [1]), (not_installed, [2]), (locked, [3])],
     "LevelSyncRunFailed": [(run_failed, [0])],
-    "LevelSyncNeedsApproval": [(needs_approval, [0])],
+    "LevelSyncNeedsApproval": [(needs_approval, [0]), (needs_approval, [1])],
     "LevelSyncNoSuccess": [(no_success, [0])],
     "LevelSyncDesyncStays": [(desync_stays, [0])],
     "LevelSyncQueueDead": [(queue_dead, [0])],
     "LevelSyncQueueStuck": [(queue_stuck, [0])],
     "LevelSyncTriggersOrFunctionsChanged": [(triggers_or_functions_changed, [0])],
-    "LevelSyncScheduleBroken": [(never_scheduled, [0]), (one_job_missing, [0]), (job_failing, [])],
+    "LevelSyncScheduleBroken": [
+        (never_scheduled, [0]),
+        (one_job_missing, [0]),
+        (job_failing, []),
+        (another_scheduler, [4]),
+    ],
     "LevelSyncOrphans": [
         (user_missing, [0]),
         (specialization_missing, [1]),
-        (foreign_key_missing, [2, 3]),
-        (foreign_key_that_cascades, [2, 3]),
-        (foreign_key_not_validated, [3]),
+        (user_missing, [2]),
+        (specialization_missing, [2]),
+        (foreign_key_missing, [3, 4]),
+        (foreign_key_that_cascades, [3, 4]),
+        (foreign_key_not_validated, [4]),
     ],
-    "LevelSyncRowsHidden": [(rows_hidden, [0])],
+    "LevelSyncRowsHidden": [(rows_hidden, [0]), (rows_hidden, [1])],
     "LevelSyncScanStale": [(scan_too_slow, [0]), (scan_not_allowed, [1]), (scan_locked_out, [2])],
 }
 # The same where the server itself is stopped or started: and which check says so, with what.
 BREAKS_OF_SERVERS = {
     "LevelSyncDatabaseUnreachable": [(server_stopped, [0], "connection", "No such file or directory")],
     "LevelSyncScheduleBroken": [
-        (cron_not_preloaded, [1, 2, 0], "schedule", "pg_cron is not preloaded"),
-        (launcher_away, [2], "cron_launcher", "the pg_cron launcher is not seen"),
+        (cron_not_preloaded, [2, 3, 0], "schedule", "pg_cron is not preloaded"),
+        (launcher_away, [3], "cron_launcher", "the pg_cron launcher is not seen"),
+        (cron_cannot_connect, [1, 3], "cron run: level_sync_maintain", "TODO"),
     ],
 }
+# What brings the difference back is no repair: it has a test of its own.
+TAKES_BACK = ("LevelSyncNeedsApproval", 2)
 
 
 def test_everything_there_is_to_do_is_done_by_a_test():
@@ -439,7 +468,7 @@ def test_everything_there_is_to_do_is_done_by_a_test():
         for _, numbers, *_ in cases
         for number in numbers
     }
-    assert done == written
+    assert done | {TAKES_BACK} == written
 
 
 @pytest.mark.parametrize(
@@ -447,7 +476,7 @@ def test_everything_there_is_to_do_is_done_by_a_test():
     [
         pytest.param(
             *(alert, breakage, numbers),
-            id=f"{alert}-{breakage.__name__}",
+            id=f"{alert}-{breakage.__name__}-{numbers}",
             marks=pytest.mark.servers("system")
             if alert == "LevelSyncScheduleBroken" or breakage is scan_too_slow
             else (),
@@ -463,6 +492,14 @@ def test_its_steps_mend_what_it_is_about(operator, db, alert, breakage, numbers)
         remove_cause()
     do(operator, alert, numbers)
     wait_until(lambda: told_as_mended(operator, alert), seconds=operator.patience)
+
+
+def test_a_run_that_was_wrong_is_taken_back(operator, db):
+    needs_approval(operator, db)
+    do(operator, "LevelSyncNeedsApproval", [0])
+    assert levels(db, 1) == (5, 5)
+    do(operator, "LevelSyncNeedsApproval", [2])
+    assert levels(db, 1) == (5, 2)
 
 
 def see_it_is_broken(operator, alert: str) -> None:
@@ -510,7 +547,7 @@ def test_its_steps_start_the_server_as_it_should_be(own_operator, alert, breakag
     if alert == "LevelSyncScheduleBroken":
         with psycopg.connect(dsn_of(own_operator.database.server, "cron_home")) as cron:
             wait_for_launcher(cron)  # it comes up a moment after the server
-    wait_until(lambda: told_as_mended(own_operator, alert))
+    wait_until(lambda: told_as_mended(own_operator, alert), seconds=max(own_operator.patience, 60))
     assert check not in red_checks(own_operator)
 
 

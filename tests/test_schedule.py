@@ -62,6 +62,12 @@ def test_both_jobs_are_made_once_in_the_database_of_pg_cron(elsewhere, db):
     assert in_cron_home(db, JOBS) == first
 
 
+def test_to_schedule_is_to_use_pg_cron(elsewhere, db):
+    db.execute("update level_sync.settings set uses_pg_cron = false")
+    jobs.schedule(elsewhere.dsn)
+    assert db.execute("select uses_pg_cron from level_sync.settings").fetchone() == (True,)
+
+
 def test_another_expression_updates_the_job_and_the_setting(elsewhere, db):
     jobs.schedule(elsewhere.dsn)
     before = in_cron_home(db, JOBS)

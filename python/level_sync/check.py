@@ -117,8 +117,8 @@ def _judge_server(server: dict[str, Any], tables: dict[str, Any]) -> Iterator[Fi
             "note",
             "pg_cron",
             "not preloaded: everything but the schedule works",
-            "Install postgresql-NN-cron and set shared_preload_libraries = 'pg_cron', or run level-sync reconcile from "
-            "another scheduler.",
+            "Install postgresql-NN-cron and set shared_preload_libraries = 'pg_cron', or let another scheduler "
+            "run level-sync reconcile and level_sync.maintain().",
         )
     else:
         yield Finding("ok", "pg_cron", f"preloaded, in database {server['cron_database']}")

@@ -99,7 +99,7 @@ select issue_type, specialization, pairs
 
 -- name: settings()^
 select conflict_policy, on_error, on_delete, lock_wait, inline_limit, trigger_search_path, batch_size, repair_limit, max_attempts,
-       retry_backoff, schedule, misfire_grace, log_retention, event_retention
+       retry_backoff, schedule, misfire_grace, log_retention, event_retention, uses_pg_cron
   from level_sync.settings
 
 -- name: events(user_id, specialization, row_limit)
@@ -293,7 +293,7 @@ select level_sync.unschedule()
 select level_sync._last_slot(:cron_expression, clock_timestamp())
 
 -- name: keep_schedule(cron_expression)!
-update level_sync.settings set schedule = :cron_expression
+update level_sync.settings set schedule = :cron_expression, uses_pg_cron = true
 
 -- name: cron_jobs_query()$
 select level_sync._cron_jobs_query()

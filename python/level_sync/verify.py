@@ -88,8 +88,9 @@ def checks_of(connection: psycopg.Connection[Any], dsn: str, *, live: bool = Fal
     if live:
         checks += _write_live(connection)
     access = queries.cron_access(connection)
-    if access["is_preloaded"] and not access["is_here"]:
-        checks = [check for check in checks if not (check.name == "schedule" and check.ok is None)]
+    unread = [check for check in checks if check.name == "schedule" and check.ok is None]
+    if unread and access["is_preloaded"] and not access["is_here"]:
+        checks = [check for check in checks if check not in unread]
         checks += _look_into_cron_database(dsn, connection, access["cron_database"])
     return checks
 

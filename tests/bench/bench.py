@@ -46,6 +46,11 @@ checkpoint_timeout = 30min
 autovacuum = off
 max_connections = 50
 """
+# Statements within functions are counted as well, each with those it calls itself.
+PROFILING = """
+shared_preload_libraries = pg_stat_statements
+pg_stat_statements.track = all
+"""
 LEVEL_CHANGE = """
 \\set pair random(1, {pairs})
 update specialization_progress set current_level = 1 + current_level % 8
@@ -483,29 +488,24 @@ def runs(bench: Bench, large: int, wrong: int) -> None:
         least = "by hand, in batches that lock their rows, without plan, log of the run or a look afterwards"
         bench.limit(result, updated_in_batches, updated, least)
 
-        def queue_all(connection: Connection) -> None:
+        def queued(connection: Connection) -> None:
             fill(connection, 100_000)
-            shift(connection, "specialization_progress")
-            connection.execute(
-                "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)"
-                " select student_id, specialization_id, 'progress', 'level_changed', '55P03', 'held'"
-                " from specialization_progress"
-            )
+            queue_all(connection)
             tidy(connection)
 
         def drained() -> float:
-            queue_all(ours)
+            queued(ours)
             start = time.perf_counter()
             ours.execute("call level_sync.drain_queue()")
             assert ours.execute("select count(*) from level_sync.sync_queue").fetchone() == (0,)
             return time.perf_counter() - start
 
         def emptied() -> float:
-            queue_all(bare)
+            queued(bare)
             return timed(bare, *by_hand("carry"), "delete from level_sync.sync_queue")
 
         def emptied_in_batches() -> float:
-            queue_all(bare)
+            queued(bare)
             return in_batches(bare, 100_000)
 
         result = bench.compare(
@@ -530,6 +530,61 @@ def runs(bench: Bench, large: int, wrong: int) -> None:
             "pairs/s",
             "a Python service with SQLAlchemy, row by row",
         )
+
+
+def profile(bench: Bench, pairs: int) -> None:
+    """Which statements the time, the WAL and the buffers of the set-based cases go to, for each pair."""
+    ours, bare = bench.connect("ours"), bench.connect("bare")
+    update = "update specialization_progress set current_level = 1 + current_level % 8"
+    with ours, bare:
+        ours.execute("create extension pg_stat_statements")
+        cases: list[tuple[str, Callable[[Connection], None], str, tuple[str, ...]]] = [
+            (f"UPDATE of {pairs:,} levels", lambda connection: None, update, (update, *by_hand("carry"))),
+            (
+                f"reconcile of {pairs:,} pairs, all wrong",
+                lambda connection: shift(connection, "specialization_progress"),
+                "call level_sync.reconcile(approve => true)",
+                by_hand("carry"),
+            ),
+            (
+                f"drain of {pairs:,} queued pairs",
+                queue_all,
+                "call level_sync.drain_queue()",
+                (*by_hand("carry"), "delete from level_sync.sync_queue"),
+            ),
+        ]
+        for case, prepare, statement, others in cases:
+            for connection in (ours, bare):
+                fill(connection, pairs)
+                prepare(connection)
+                tidy(connection)
+            ours.execute("select pg_stat_statements_reset()")
+            ours.execute(statement)
+            timed(bare, *others)
+            table = Table(title=case, title_justify="left")
+            for column in ("database", "calls", "\u00b5s a pair", "WAL bytes a pair", "buffers a pair", "statement"):
+                table.add_column(column)
+            for row in ours.execute(
+                "select datname, calls, total_exec_time * 1000 / %(pairs)s, wal_bytes / %(pairs)s,"
+                " (shared_blks_hit + shared_blks_read) / %(pairs)s::numeric, regexp_replace(query, '\\s+', ' ', 'g')"
+                " from pg_stat_statements join pg_database on oid = dbid"
+                " where total_exec_time * 1000 / %(pairs)s >= 0.1 and query not like '%%pg_stat_statements%%'"
+                " order by datname desc, total_exec_time desc",
+                {"pairs": pairs},
+            ):
+                database, calls, *figures, query = row
+                table.add_row(database, f"{calls:,}", *(f"{figure:.1f}" for figure in figures), query[:70])
+            console.print(table)
+
+
+def queue_all(connection: Connection) -> None:
+    """Every level changed past the triggers, and every pair queued."""
+    shift(connection, "specialization_progress")
+    connection.execute(
+        "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)"
+        " select student_id, specialization_id, 'progress', 'level_changed', '55P03', 'held'"
+        " from specialization_progress"
+    )
 
 
 def clean_run(connection: Connection, statement: str) -> float:
@@ -587,6 +642,9 @@ def main(
     rounds: Annotated[int, typer.Option(help="Measured rounds after the warm-up.")] = 3,
     seconds: Annotated[int, typer.Option(help="Length of each pgbench.")] = 5,
     only: Annotated[str, typer.Option(help="one, hot, bulk, runs; all of them without it.")] = "one,hot,bulk,runs",
+    profiled: Annotated[
+        bool, typer.Option("--profile", help="Show instead which statements the --rows of the set-based cases cost.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder for results.json and results.svg.")] = Path("bench-results"),
 ) -> None:
     """Prints a table of ratios, and writes it as JSON and as a picture."""
@@ -596,7 +654,7 @@ def main(
         running: SystemServer | EmbeddedServer = (
             SystemServer(directory / "server") if server == "system" else EmbeddedServer(directory / "server")
         )
-        running.create(CONFIGURATION)
+        running.create(CONFIGURATION + (PROFILING if profiled else ""))
         try:
             bench = Bench(running, directory, rounds, seconds)
             with bench.connect("postgres") as connection:
@@ -608,6 +666,9 @@ def main(
             with bench.connect("bare") as connection:
                 for table in ("specialization_progress", "user_licenses"):
                     connection.execute(f"alter table {table} disable trigger user")
+            if profiled:
+                profile(bench, rows)
+                return
             if "one" in only:
                 one_at_a_time(bench, pairs)
             if "hot" in only:
