@@ -452,7 +452,7 @@ BREAKS_OF_SERVERS = {
     "LevelSyncScheduleBroken": [
         (cron_not_preloaded, [2, 3, 0], "schedule", "pg_cron is not preloaded"),
         (launcher_away, [3], "cron_launcher", "the pg_cron launcher is not seen"),
-        (cron_cannot_connect, [1, 3], "cron run: level_sync_maintain", "TODO"),
+        (cron_cannot_connect, [1, 3], "cron run: level_sync_maintain", "failed at no time: connection failed"),
     ],
 }
 # What brings the difference back is no repair: it has a test of its own.

@@ -37,6 +37,8 @@ from level_sync.servers import EmbeddedServer, SystemServer, dsn_of
 
 Connection = psycopg.Connection[Any]
 console = Console()
+if not console.is_terminal:
+    console.width = 160  # a file has no edge at which to wrap
 
 CONFIGURATION = """
 fsync = on
