@@ -398,6 +398,11 @@ class Academy(RuleBasedStateMachine):
             writer.connection.execute("release savepoint guard")
         assert not refusals & {"23514", "23502"}, f"{statement} {values} was to be refused"
         transaction.touched |= {pair for pair, _ in touched}
+        if (
+            writer.transaction is None and cursor.rowcount > 0
+        ):  # a new version of the row, though its level may be the same
+            for pair in transaction.touched:
+                self.version[pair] += 1
         transaction.is_deferred |= rules["inline_limit"] < 32
         return transaction, cursor.rowcount
 

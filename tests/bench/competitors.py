@@ -96,6 +96,21 @@ LEAST_TRIGGERS = {
         create trigger does_little after update on specialization_progress for each row
           when (old.current_level is distinct from new.current_level) execute function does_little();
     """,
+    "note at once": """
+        create unlogged table noted (user_id bigint, specialization text);
+        create function does_little() returns trigger language plpgsql as $$
+        begin
+          insert into noted
+          select after.student_id, after.specialization_id
+            from after
+            join before using (student_id, specialization_id)
+           where after.current_level is distinct from before.current_level;
+          return null;
+        end $$;
+        create trigger does_little after update on specialization_progress
+          referencing old table as before new table as after
+          for each statement execute function does_little();
+    """,
 }
 DROP_LEAST = """
     drop trigger if exists does_little on specialization_progress;
