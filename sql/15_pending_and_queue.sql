@@ -53,6 +53,38 @@ $$;
 
 comment on function level_sync._session_reason() is 'Why, in the application''s words: its setting level_sync.reason.';
 
+-- A set is written by statements that also run the application's own triggers and the checks of foreign keys. Called
+-- within such a statement, when it is planned and nothing has been written yet, the first of these two gives them what
+-- they are used to; the other takes it back.
+create or replace function level_sync._as_the_application(trigger_path text)
+  returns boolean
+  language plpgsql
+as $$
+begin
+  perform pg_catalog.set_config('plan_cache_mode', 'auto', true),
+          pg_catalog.set_config('enable_nestloop', pg_catalog.current_setting('level_sync.outer_nestloop'), true),
+          pg_catalog.set_config('search_path', trigger_path, true);
+  return true;
+end
+$$;
+
+comment on function level_sync._as_the_application(text) is
+  'Sets the search_path and the planning of what runs within a statement that writes a set. Always true.';
+
+create or replace function level_sync._as_ourselves(nestloop text)
+  returns void
+  language plpgsql
+as $$
+begin
+  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
+          pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true),
+          pg_catalog.set_config('enable_nestloop', nestloop, true);
+end
+$$;
+
+comment on function level_sync._as_ourselves(text) is
+  'Takes back what _as_the_application has set; nestloop is enable_nestloop for the statements that follow.';
+
 -- A text, because PL/pgSQL gives it whichever type the column has that it is for, without asking TimeZone or DateStyle.
 create or replace function level_sync._as_utc(moment timestamptz)
   returns text

@@ -207,8 +207,8 @@ select level_sync._ensure_trigger('public.specialization_progress', 'progress_le
 $trigger$, 'The license gets the level that was written here.');
 
 -- The same for many pairs in a handful of statements; for bulk, drains and people.
--- Planned anew each time: only then does the planner know how many pairs there are. Not so the checks of foreign keys and
--- the application's triggers, which run at the end of each statement: it sets the mode back, as it sets their search_path.
+-- Planned anew each time: only then does the planner know how many pairs there are. The checks of foreign keys and the
+-- application's triggers, which run within each statement, are planned as usual.
 create or replace function level_sync._carry_progress_to_licenses(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
     actors text[], reasons text[])
@@ -225,6 +225,7 @@ declare
   rule         record;
   held_count   bigint;
   ends         record;
+  nestloop     constant text := current_setting('enable_nestloop');
 begin
   if not ('progress' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
@@ -266,7 +267,7 @@ begin
            max_achieved_level = greatest(license.max_achieved_level, held.new_level),
            last_advanced_at   = written_at
       from held
-     where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
+     where (select level_sync._as_the_application(rule.trigger_path))
        and license.user_id = held.user_id
        and license.user_id between ends.first_user and ends.last_user
        and license.specialization_type = held.specialization
@@ -280,7 +281,7 @@ begin
      where carried.current_level is distinct from carried.old_level
   )
   select count(*) into held_count from held;
-  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
+  perform level_sync._as_ourselves(nestloop);
 
   if 'deleted' = any (changes) or 'progress' = any (sides) and cardinality(user_ids) > held_count then
     with created as (
@@ -295,7 +296,7 @@ begin
         join public.specializations as specialization
           on specialization.id = pair.specialization
          and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
-       where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
+       where (select level_sync._as_the_application(rule.trigger_path))
          and (pair.side = 'progress' and pair.change in ('created', 'level_changed')
               or pair.side = 'license' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
          and not exists (
@@ -312,7 +313,7 @@ begin
       from created
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = created.user_id and pair.specialization = created.specialization_type;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
+    perform level_sync._as_ourselves(nestloop);
   end if;
 
   if rule.on_delete = 'propagate' and 'deleted' = any (changes) then
@@ -330,7 +331,7 @@ begin
     ), deleted as (
       delete from public.user_licenses as license
        using doomed
-       where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
+       where (select level_sync._as_the_application(rule.trigger_path))
          and license.user_id = doomed.user_id and license.specialization_type = doomed.specialization_type
       returning license.user_id, license.specialization_type, license.current_level
     )
@@ -341,7 +342,7 @@ begin
       from deleted
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = deleted.user_id and pair.specialization = deleted.specialization_type;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
+    perform level_sync._as_ourselves(nestloop);
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);

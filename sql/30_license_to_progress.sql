@@ -205,8 +205,8 @@ select level_sync._ensure_trigger('public.user_licenses', 'license_level_changed
 $trigger$, 'The progress gets the level that was written here.');
 
 -- The same for many pairs in a handful of statements; for bulk, drains and people.
--- Planned anew each time: only then does the planner know how many pairs there are. Not so the checks of foreign keys and
--- the application's triggers, which run at the end of each statement: it sets the mode back, as it sets their search_path.
+-- Planned anew each time: only then does the planner know how many pairs there are. The checks of foreign keys and the
+-- application's triggers, which run within each statement, are planned as usual.
 create or replace function level_sync._carry_licenses_to_progress(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
     actors text[], reasons text[])
@@ -223,6 +223,7 @@ declare
   rule         record;
   held_count   bigint;
   ends         record;
+  nestloop     constant text := current_setting('enable_nestloop');
 begin
   if not ('license' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
@@ -263,7 +264,7 @@ begin
        set current_level = held.new_level,
            last_activity = written_at
       from held
-     where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
+     where (select level_sync._as_the_application(rule.trigger_path))
        and progress.student_id = held.user_id
        and progress.student_id between ends.first_user and ends.last_user
        and progress.specialization_id = held.specialization
@@ -277,7 +278,7 @@ begin
      where carried.current_level is distinct from carried.old_level
   )
   select count(*) into held_count from held;
-  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
+  perform level_sync._as_ourselves(nestloop);
 
   if 'deleted' = any (changes) or 'license' = any (sides) and cardinality(user_ids) > held_count then
     with created as (
@@ -291,7 +292,7 @@ begin
         join public.specializations as specialization
           on specialization.id = pair.specialization
          and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
-       where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
+       where (select level_sync._as_the_application(rule.trigger_path))
          and (pair.side = 'license' and pair.change in ('created', 'level_changed')
               or pair.side = 'progress' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
          and not exists (
@@ -308,7 +309,7 @@ begin
       from created
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = created.student_id and pair.specialization = created.specialization_id;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
+    perform level_sync._as_ourselves(nestloop);
   end if;
 
   if rule.on_delete = 'propagate' and 'deleted' = any (changes) then
@@ -326,7 +327,7 @@ begin
     ), deleted as (
       delete from public.specialization_progress as progress
        using doomed
-       where (select set_config('search_path', rule.trigger_path, true) || set_config('plan_cache_mode', 'auto', true)) is not null
+       where (select level_sync._as_the_application(rule.trigger_path))
          and progress.student_id = doomed.student_id and progress.specialization_id = doomed.specialization_id
       returning progress.student_id, progress.specialization_id, progress.current_level
     )
@@ -337,7 +338,7 @@ begin
       from deleted
       join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
         on pair.user_id = deleted.student_id and pair.specialization = deleted.specialization_id;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true);
+    perform level_sync._as_ourselves(nestloop);
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);

@@ -12,6 +12,7 @@ declare
   outer_nestloop constant text := current_setting('enable_nestloop');
   outer_work_mem constant text := current_setting('work_mem');
 begin
+  perform set_config('level_sync.outer_nestloop', outer_nestloop, true);
   -- The planner takes the two columns of a pair for independent and expects a handful of matches however many pairs
   -- there are. Where they are a good part of the table, or of the users from the first to the last of them, one look
   -- at each row there is quicker than one at each pair.

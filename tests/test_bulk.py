@@ -106,6 +106,29 @@ def test_copy_of_many_rows_creates_the_other_side(db, users, table, size):
 
 
 @BOTH
+@pytest.mark.parametrize("nestloop", ["on", "off"])
+def test_triggers_of_the_application_are_planned_as_usual_within_a_set(db, users, table, nestloop):
+    """How the set itself is planned would be ruinous for a query about one row."""
+    db.execute("create table public.planned (mode text)")
+    user_trigger(
+        db,
+        f"before insert or update on {OTHER[table]}",
+        "insert into public.planned select concat_ws(' ', current_setting('plan_cache_mode'),"
+        " current_setting('enable_nestloop'))",
+    )
+    db.execute(f"set enable_nestloop = {nestloop}")
+    users(2000)
+    key = ", ".join(KEY[table])
+    db.execute(f"insert into {table} ({key}) select n, 'PLAYER' from generate_series(1, 2000) as n")
+    db.execute(f"update {table} set current_level = 5")
+    assert equal_pairs(db, 5) == 2000
+    assert db.execute("select mode, count(*) from public.planned group by mode").fetchall() == [
+        (f"auto {nestloop}", 4000)
+    ]
+    assert db.execute("show enable_nestloop").fetchone() == (nestloop,)
+
+
+@BOTH
 @pytest.mark.parametrize("inline_limit", [0, 1, 32, 40])
 @pytest.mark.parametrize("rows", [1, 31, 33, 41, 65, 500])
 def test_any_number_of_rows_takes_at_most_64_subtransactions(db, table, inline_limit, rows):
