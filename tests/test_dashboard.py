@@ -739,6 +739,13 @@ def test_while_a_scan_is_at_work_a_page_is_as_it_was_and_does_not_wait(site, mon
     assert "This is how it was" not in get(address)[1]
 
 
+def test_an_error_of_several_lines_is_told_as_one(tmp_path):
+    with shown(f"host={tmp_path} dbname=academy") as (url, _):
+        status, body, _ = get(url)
+    assert status == 503
+    assert "failed: No such file or directory Is the server running" in body
+
+
 def test_a_locked_table_is_no_database_that_is_away(database, db, site):
     blocker = database.connect(autocommit=False)
     blocker.execute(f"lock table {LICENSE} in access exclusive mode")

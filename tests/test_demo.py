@@ -54,6 +54,9 @@ def test_demo_runs_again_and_again_stays_up_and_stops(run):
     )
     assert [part for part in parts if part not in shown.stdout] == []
     dsn = re.search(r"'(host=\S+ dbname=academy user=postgres)'", shown.stdout).group(1)
+    assert f'export DATABASE_URL="{dsn}"' in shown.stdout
+    verified = run("verify", "--dsn", dsn)
+    assert "desync" in verified.stdout
     looked = run("demo", "--psql", stdin="update user_licenses set current_level = 3 where user_id = 20001;\n")
     assert "UPDATE 1" in looked.stdout
     with psycopg.connect(dsn) as connection:

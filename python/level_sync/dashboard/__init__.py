@@ -144,7 +144,9 @@ class Dashboard:
             except psycopg.Error as error:
                 self._last.pop(address, None)
                 is_away = error.sqlstate is None
-                return HTMLResponse(render(request, "away.html", error=str(error).strip(), is_away=is_away), 503)
+                return HTMLResponse(
+                    render(request, "away.html", error=" ".join(str(error).split()), is_away=is_away), 503
+                )
             finally:
                 self.reader.is_connected.release()
 
