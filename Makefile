@@ -1,9 +1,9 @@
 # make demo   the story, on an embedded PostgreSQL that stays up for a look around; make stop removes it
 #             with SERVER=system on the machine's own PostgreSQL, where pg_cron is seen to run the job
 # make test   everything the tests need, then the tests
-# make proof  the same with long versions, one after the other, on PostgreSQL 16 as well, as root also as an ordinary
-#             user, and then the mutations: about two hours. A part of it: make proof PROOF=tests/test_crashes.py,
-#             make ordinary-user, or make mutations MUTATIONS='--count 60 --seed 1'
+# make proof  the same with long versions, on PostgreSQL 16 as well, as root also as an ordinary user, and then the
+#             mutations: about an hour. A part of it: make proof PROOF=tests/test_crashes.py, make ordinary-user, or
+#             make mutations MUTATIONS='--count 60 --seed 1'
 # make bench  level_sync against what people would use instead
 #             make bench BENCH='--server embedded --only one,hot' for a part; --help says what else
 
@@ -11,6 +11,8 @@ PYTHON ?= python3
 SERVER ?= embedded
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Long tests that measure, or that take the whole machine.
+ALONE  := $(addprefix tests/test_,bulk.py hammer.py hot_pairs.py large_reconcile.py metrics.py)
 
 .PHONY: demo psql stop test proof ordinary-user mutations bench clean
 .DELETE_ON_ERROR:
@@ -36,8 +38,11 @@ test: $(VENV)/.test
 
 proof: $(VENV)/.test
 	@tests/install_server_packages
+ifdef PROOF
 	$(BIN)/pytest --proof --numprocesses=0 --verbose $(PROOF)
-ifndef PROOF
+else
+	$(BIN)/pytest --proof --numprocesses=2 --verbose $(ALONE:%=--ignore=%)
+	$(BIN)/pytest --proof --numprocesses=0 --verbose $(ALONE)
 	$(BIN)/pytest --embedded-version=16 -k embedded
 	@if [ "$$(id -u)" = 0 ]; then tests/as_ordinary_user $(VENV); fi
 	$(BIN)/python tests/mutations.py $(MUTATIONS)

@@ -8,6 +8,7 @@ import itertools
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -273,7 +274,7 @@ def progress(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str])
         if is_long and time.monotonic() - told_at >= PROGRESS_INTERVAL:
             told_at = time.monotonic()
             with capsys.disabled():
-                print(f"\n  {text}", end="", flush=True)
+                print(f"\n  {text}", end="", flush=True, file=sys.stderr)  # of a worker, stdout is not seen
 
     return tell
 

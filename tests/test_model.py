@@ -9,7 +9,6 @@ things has really happened: EFFECTS counts them.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -1370,25 +1369,9 @@ def run_sequences(count: int, *, is_random: bool) -> None:
     )
 
 
-def progress_shown(capsys, count: int) -> Callable[[], None]:
-    """A line every ten seconds, for who waits for the long version."""
-    told_at = time.monotonic()
-
-    def tell() -> None:
-        nonlocal told_at
-        if time.monotonic() - told_at > 10:
-            told_at = time.monotonic()
-            with capsys.disabled():
-                print(
-                    f"\n{Academy.effects['sequence']} of {count} sequences, {Academy.effects['step']} steps", flush=True
-                )
-
-    return tell
-
-
 @pytest.mark.leftovers
 @pytest.mark.parametrize("tables", ["plain", "partitioned"])
-def test_random_sequences_keep_every_promise(server, tables, request, record_property, capsys):
+def test_random_sequences_keep_every_promise(server, tables, request, record_property, progress):
     is_long = request.config.getoption("proof")
     if tables == "plain":
         prepare_the_academy(request.getfixturevalue("database"), {})
@@ -1397,7 +1380,9 @@ def test_random_sequences_keep_every_promise(server, tables, request, record_pro
         prepare_the_academy(database, partitioned(database))
     servers = 2 if is_long and system_binaries() else 1
     count = SEQUENCES[tables, is_long] // servers
-    Academy.tell = staticmethod(progress_shown(capsys, count) if is_long else lambda: None)
+    Academy.tell = staticmethod(
+        lambda: progress(f"{Academy.effects['sequence']} of {count} sequences, {Academy.effects['step']} steps")
+    )
     run_sequences(count, is_random=is_long)
 
     counts = Academy.effects
