@@ -259,7 +259,9 @@ def test_any_argument_of_any_function_is_answered_fairly_and_an_error_writes_not
                 dry_run = "plan" in argument_names
                 db.execute(f"call level_sync.reconcile(dry_run => {dry_run}, direction => 'progress_to_license')")
             some = st.sets(st.sampled_from(argument_names), min_size=1, max_size=2)
-            given_values = NEAR | (dict.fromkeys(data.draw(some), strange_values) if strange_values else {})
+            given_values = dict(NEAR)
+            if strange_values is not None:
+                given_values |= dict.fromkeys(data.draw(some), strange_values)
             arguments = [
                 last_run_id(db) if value == LAST_RUN else value
                 for value in (data.draw(given_values[each]) for each in argument_names)
