@@ -219,13 +219,14 @@ create or replace function level_sync._carry_progress_to_licenses(
   set jit = off
 as $$
 declare
-  outer_depth  text        := current_setting('level_sync.own_depth', true);
-  carried_at   constant timestamptz := clock_timestamp();
-  written_at   constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(carried_at);
-  rule         record;
-  held_count   bigint;
-  ends         record;
-  nestloop     constant text := current_setting('enable_nestloop');
+  outer_depth   text := current_setting('level_sync.own_depth', true);
+  carried_at    constant timestamptz := clock_timestamp();
+  written_at    constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(carried_at);
+  rule          record;
+  held_count    bigint;
+  created_count bigint;
+  ends          record;
+  nestloop      constant text := current_setting('enable_nestloop');
 begin
   if not ('progress' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
@@ -305,15 +306,29 @@ begin
               and license.user_id between ends.first_user and ends.last_user)
       on conflict do nothing
       returning user_licenses.user_id, user_licenses.specialization_type, user_licenses.current_level
+    ), logged as (
+      insert into level_sync.sync_events
+             (occurred_at, user_id, specialization, direction, action, new_level, source, run_id, actor, reason)
+      select carried_at, created.user_id, created.specialization_type, 'progress_to_license', 'created',
+             created.current_level, source, run_id, pair.actor, pair.reason
+        from created
+        join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
+          on pair.user_id = created.user_id and pair.specialization = created.specialization_type
     )
-    insert into level_sync.sync_events
-           (occurred_at, user_id, specialization, direction, action, new_level, source, run_id, actor, reason)
-    select carried_at, created.user_id, created.specialization_type, 'progress_to_license', 'created',
-           created.current_level, source, run_id, pair.actor, pair.reason
-      from created
-      join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
-        on pair.user_id = created.user_id and pair.specialization = created.specialization_type;
+    select count(*) into created_count from created;
     perform level_sync._as_ourselves(nestloop);
+
+    -- As a foreign key does it: beside one that was inserted, the row that was there must not go before this transaction
+    -- has ended, because whoever deletes it cannot see the new one yet.
+    if 'created' = any (changes) and cardinality(user_ids) > created_count then
+      perform from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+        join public.user_licenses as license
+          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+         and license.user_id between ends.first_user and ends.last_user
+       where pair.side = 'progress' and pair.change = 'created'
+         and license.last_advanced_at is distinct from written_at  -- but not those that were made just now
+         for key share of license nowait;
+    end if;
   end if;
 
   if rule.on_delete = 'propagate' and 'deleted' = any (changes) then

@@ -217,13 +217,14 @@ create or replace function level_sync._carry_licenses_to_progress(
   set jit = off
 as $$
 declare
-  outer_depth  text        := current_setting('level_sync.own_depth', true);
-  carried_at   constant timestamptz := clock_timestamp();
-  written_at   constant public.specialization_progress.last_activity%type := level_sync._as_utc(carried_at);
-  rule         record;
-  held_count   bigint;
-  ends         record;
-  nestloop     constant text := current_setting('enable_nestloop');
+  outer_depth   text := current_setting('level_sync.own_depth', true);
+  carried_at    constant timestamptz := clock_timestamp();
+  written_at    constant public.specialization_progress.last_activity%type := level_sync._as_utc(carried_at);
+  rule          record;
+  held_count    bigint;
+  created_count bigint;
+  ends          record;
+  nestloop      constant text := current_setting('enable_nestloop');
 begin
   if not ('license' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
     return;
@@ -301,15 +302,29 @@ begin
               and progress.student_id between ends.first_user and ends.last_user)
       on conflict do nothing
       returning specialization_progress.student_id, specialization_progress.specialization_id, specialization_progress.current_level
+    ), logged as (
+      insert into level_sync.sync_events
+             (occurred_at, user_id, specialization, direction, action, new_level, source, run_id, actor, reason)
+      select carried_at, created.student_id, created.specialization_id, 'license_to_progress', 'created',
+             created.current_level, source, run_id, pair.actor, pair.reason
+        from created
+        join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
+          on pair.user_id = created.student_id and pair.specialization = created.specialization_id
     )
-    insert into level_sync.sync_events
-           (occurred_at, user_id, specialization, direction, action, new_level, source, run_id, actor, reason)
-    select carried_at, created.student_id, created.specialization_id, 'license_to_progress', 'created',
-           created.current_level, source, run_id, pair.actor, pair.reason
-      from created
-      join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
-        on pair.user_id = created.student_id and pair.specialization = created.specialization_id;
+    select count(*) into created_count from created;
     perform level_sync._as_ourselves(nestloop);
+
+    -- As a foreign key does it: beside one that was inserted, the row that was there must not go before this transaction
+    -- has ended, because whoever deletes it cannot see the new one yet.
+    if 'created' = any (changes) and cardinality(user_ids) > created_count then
+      perform from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+        join public.specialization_progress as progress
+          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+         and progress.student_id between ends.first_user and ends.last_user
+       where pair.side = 'license' and pair.change = 'created'
+         and progress.last_activity is distinct from written_at  -- but not those that were made just now
+         for key share of progress nowait;
+    end if;
   end if;
 
   if rule.on_delete = 'propagate' and 'deleted' = any (changes) then

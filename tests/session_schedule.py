@@ -162,8 +162,8 @@ class Schedule:
                 f"{self._insert(found[1], found[2])} on conflict ({columns}) do update"
                 f" set current_level = excluded.current_level"
             )
-        if found := re.fullmatch(r"delete ([XY])", action):
-            return f"delete from {self.sides[found[1]]} where {user[found[1]]} = 1"
+        if found := re.fullmatch(r"delete ([XY])(?: of user (\d))?", action):
+            return f"delete from {self.sides[found[1]]} where {user[found[1]]} = {found[2] or 1}"
         if found := re.fullmatch(r"move ([XY])", action):
             return f"update {self.sides[found[1]]} set {user[found[1]]} = 2 where {user[found[1]]} = 1"
         if found := re.fullmatch(r"reconcile(?: towards ([XY]))?(?: (.+))?", action):

@@ -617,6 +617,65 @@ DELETES_AND_MOVES = {
         A: commit | fails 23001
         B goes on
         = 5 5""",
+    "a row whose other side is coming is not deleted before that is there": """
+        levels 3 3
+        A: bypass delete Y
+        A: begin
+        A: insert Y 2
+        B: delete X | waits for A
+        A: commit
+        B goes on | fails 23001
+        = 3 3""",
+    "nor where the other side comes at the same level": """
+        levels 3 3
+        A: bypass delete Y
+        A: begin
+        A: insert Y 3
+        B: delete X | waits for A
+        A: rollback
+        B goes on
+        = - -""",
+    "nor where it was carried in a set": """
+        levels 3 3
+        with inline_limit 0
+        A: bypass delete Y
+        A: begin
+        A: insert Y 2
+        A: set constraints all immediate
+        B: delete X | waits for A
+        A: commit
+        B goes on | fails 23001
+        = 3 3""",
+    "and where it was deleted before that, it comes back": """
+        levels 3 3
+        with inline_limit 0
+        A: bypass delete Y
+        A: begin
+        A: insert Y 2
+        B: delete X
+        A: commit
+        = 2 2""",
+    "a row that comes while its other side is being deleted waits for that": """
+        levels 3 3
+        A: bypass delete Y
+        B: begin
+        B: delete X
+        A: insert Y 2 | waits for B
+        B: commit
+        A goes on
+        = 2 2""",
+    "a row whose other side somebody locks against all others is left to the drain": """
+        levels 3 3
+        A: bypass delete Y
+        B: begin
+        B: select from specialization_progress for update
+        B: select from user_licenses for update
+        A: insert Y 2
+        = 3 2 queued Y
+        because 55P03
+        B: commit
+        A: drain
+        = 3 3""",
     "propagated beside a write that waits, which comes later and makes the row anew": """
         levels 3 3
         with on_delete propagate
@@ -627,6 +686,20 @@ DELETES_AND_MOVES = {
         B goes on
         A: drain
         = 5 5""",
+    "propagated for two pairs of which one is held, which is not waited for": """
+        levels 3 3
+        A: insert X 3 of user 2
+        with on_delete propagate
+        H: hold Y
+        A: begin
+        A: delete X
+        A: delete X of user 2
+        A: commit
+        = - 3 queued X
+        of user 2: = - -
+        H: commit
+        A: drain
+        = - -""",
     "recreated beside a write that waits": """
         levels 3 3
         with on_delete recreate
@@ -833,6 +906,17 @@ ISOLATION = {
         B: touch Y
         A: delete X
         A: commit | fails 23001
+        = 3 3""",
+    "but it may where it does not know the other side, until the next reconcile": """
+        levels 3 3
+        A: bypass delete Y
+        B: begin isolation level repeatable read
+        B: select from users
+        A: insert Y 3
+        B: delete X
+        B: commit
+        = - 3
+        A: reconcile
         = 3 3""",
     "nor propagate its delete to a row it does not know": """
         levels 3 3
