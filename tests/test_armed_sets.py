@@ -15,10 +15,12 @@ from academy import (
     bypass,
     configure,
     delete,
+    drop_user_trigger,
     insert,
     levels,
     queued,
     set_level,
+    user_trigger,
 )
 
 PAIRS = 40
@@ -163,6 +165,20 @@ def test_a_row_without_a_pair_is_deleted_and_moved_as_ever(bulk, table):
         bulk.execute(f"update {table} set {specialization} = 'CHESS' where {specialization} is null")
     assert levels(bulk, 2) == (6, 6)
     assert levels(bulk, 1, "CHESS") == (1, 1)
+
+
+@BOTH
+def test_a_commit_that_cannot_be_armed_for_an_old_snapshot_fails_the_write(bulk, table):
+    """Only that error reaches the writer: the transaction is to be tried again as a whole."""
+    bulk.execute("insert into users (id) values (1000)")
+    user_trigger(bulk, "before insert on level_sync.pending_commits", "raise sqlstate '40001'")
+    with pytest.raises(psycopg.errors.SerializationFailure):
+        set_level(bulk, table, 1, 5)
+    with pytest.raises(psycopg.errors.SerializationFailure):
+        move(bulk, table, 1, 1000)
+    drop_user_trigger(bulk)
+    assert levels(bulk, 1) == (3, 3)
+    assert queued(bulk) == []
 
 
 def test_nothing_pending_is_left_by_any_of_it(bulk):

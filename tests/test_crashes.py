@@ -72,7 +72,11 @@ def state_of(pid: int) -> str | None:
 
 def kill_backend(server: Server, backend: int) -> None:
     """The postmaster then stops every other session and recovers, as after any crash. Raises ProcessLookupError where
-    the session has just ended."""
+    the session has just ended: its process may still be there for the postmaster to reap, and no kill is a crash."""
+    os.kill(backend, signal.SIGSTOP)
+    wait_until(lambda: state_of(backend) in ("T", "Z", None))
+    if state_of(backend) != "T":
+        raise ProcessLookupError(backend)
     os.kill(backend, signal.SIGKILL)
 
 

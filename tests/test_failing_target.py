@@ -14,6 +14,7 @@ from academy import (
     SIDE,
     add_pair,
     add_pairs,
+    bypass,
     configure,
     delete,
     drain,
@@ -135,6 +136,21 @@ def test_cancel_and_serialization_failure_reach_the_writer(db, table, inline_lim
         set_level(db, table, 1, 5)
     assert caught.value.sqlstate == state
     assert levels(db, 1) == (3, 3)
+
+
+@BOTH
+def test_of_two_entries_of_one_moment_the_later_one_knows_the_side(db, table):
+    add_pair(db, 1, level=6)
+    with bypass(db):
+        set_level(db, table, 1, 5)
+    for side in (SIDE[OTHER[table]], SIDE[table]):
+        db.execute(
+            "insert into level_sync.sync_queue (queued_at, user_id, specialization, side, change, sqlstate, message)"
+            " values ('2026-01-01', 1, 'PLAYER', %s, 'level_changed', '55P03', 'held')",
+            [side],
+        )
+    drain(db)
+    assert levels(db, 1) == (5, 5)
 
 
 @BOTH
