@@ -212,7 +212,7 @@ $trigger$, 'The license gets the level that was written here.');
 create or replace function level_sync._carry_progress_to_licenses(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
     actors text[], reasons text[])
-  returns void
+  returns bigint
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
@@ -224,12 +224,15 @@ declare
   written_at    constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(carried_at);
   rule          record;
   held_count    bigint;
-  created_count bigint;
+  carried_count bigint;
+  missing_count bigint := 0;
+  created_count bigint := 0;
+  arrived_count bigint := 0;
   ends          record;
   nestloop      constant text := current_setting('enable_nestloop');
 begin
   if not ('progress' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
-    return;
+    return 0;
   end if;
   select settings.on_delete, settings.trigger_search_path || ', pg_temp' as trigger_path
     into rule
@@ -272,7 +275,8 @@ begin
        and license.user_id = held.user_id
        and license.user_id between ends.first_user and ends.last_user
        and license.specialization_type = held.specialization
-    returning license.user_id, license.specialization_type, held.old_level, license.current_level, held.actor, held.reason
+    returning license.user_id, license.specialization_type, held.old_level, held.new_level, license.current_level,
+              held.actor, held.reason
   ), logged as (
     insert into level_sync.sync_events
            (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id, actor, reason)
@@ -281,41 +285,51 @@ begin
       from carried
      where carried.current_level is distinct from carried.old_level
   )
-  select count(*) into held_count from held;
+  select (select count(*) from held), (select count(*) from carried where carried.current_level = carried.new_level)
+    into held_count, carried_count;
   perform level_sync._as_ourselves(nestloop);
 
   if 'deleted' = any (changes) or 'progress' = any (sides) and cardinality(user_ids) > held_count then
-    with created as (
-      insert into public.user_licenses
-             (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
-      select progress.student_id, progress.specialization_id, progress.current_level, progress.current_level,
-             written_at, written_at
-        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+    with missing as materialized (
+      select pair.user_id, pair.specialization, progress.current_level as new_level, pair.actor, pair.reason
+        from unnest(user_ids, specializations, sides, changes, actors, reasons)
+               as pair (user_id, specialization, side, change, actor, reason)
         join public.specialization_progress as progress
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
           and progress.student_id between ends.first_user and ends.last_user
         join public.specializations as specialization
           on specialization.id = pair.specialization
          and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
-       where (select level_sync._as_the_application(rule.trigger_path))
-         and (pair.side = 'progress' and pair.change in ('created', 'level_changed')
+       where (pair.side = 'progress' and pair.change in ('created', 'level_changed')
               or pair.side = 'license' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
          and not exists (
            select from public.user_licenses as license
             where license.user_id = pair.user_id and license.specialization_type = pair.specialization
               and license.user_id between ends.first_user and ends.last_user)
+    ), inserted as (
+      insert into public.user_licenses
+             (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
+      select missing.user_id, missing.specialization, missing.new_level, missing.new_level,
+             written_at, written_at
+        from missing
+       where (select level_sync._as_the_application(rule.trigger_path))
       on conflict do nothing
       returning user_licenses.user_id, user_licenses.specialization_type, user_licenses.current_level
+    ), created as (
+      select inserted.user_id, inserted.specialization_type, inserted.current_level, missing.new_level,
+             missing.actor, missing.reason
+        from inserted
+        join missing on missing.user_id = inserted.user_id and missing.specialization = inserted.specialization_type
     ), logged as (
       insert into level_sync.sync_events
              (occurred_at, user_id, specialization, direction, action, new_level, source, run_id, actor, reason)
       select carried_at, created.user_id, created.specialization_type, 'progress_to_license', 'created',
-             created.current_level, source, run_id, pair.actor, pair.reason
+             created.current_level, source, run_id, created.actor, created.reason
         from created
-        join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
-          on pair.user_id = created.user_id and pair.specialization = created.specialization_type
     )
-    select count(*) into created_count from created;
+    select (select count(*) from missing), (select count(*) from inserted),
+           (select count(*) from created where created.current_level = created.new_level)
+      into missing_count, created_count, arrived_count;
     perform level_sync._as_ourselves(nestloop);
 
     -- As a foreign key does it: beside one that was inserted, the row that was there must not go before this transaction
@@ -361,11 +375,13 @@ begin
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);
+  return case when carried_count = held_count and created_count = missing_count and arrived_count = missing_count
+              then carried_count + created_count else 0 end;
 end
 $$;
 
 comment on function level_sync._carry_progress_to_licenses(bigint[], text[], text[], text[], text, bigint, text[], text[]) is
-  'Brings licenses to the level of their progress, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session.';
+  'Brings licenses to the level of their progress, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session. Returns how many pairs were changed and are certainly equal now; 0 where some may not be.';
 
 -- At commit: progress may only go together with its license.
 create or replace function level_sync._judge_lone_license(user_id bigint, specialization text)

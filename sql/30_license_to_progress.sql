@@ -210,7 +210,7 @@ $trigger$, 'The progress gets the level that was written here.');
 create or replace function level_sync._carry_licenses_to_progress(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
     actors text[], reasons text[])
-  returns void
+  returns bigint
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
@@ -222,12 +222,15 @@ declare
   written_at    constant public.specialization_progress.last_activity%type := level_sync._as_utc(carried_at);
   rule          record;
   held_count    bigint;
-  created_count bigint;
+  carried_count bigint;
+  missing_count bigint := 0;
+  created_count bigint := 0;
+  arrived_count bigint := 0;
   ends          record;
   nestloop      constant text := current_setting('enable_nestloop');
 begin
   if not ('license' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
-    return;
+    return 0;
   end if;
   select settings.on_delete, settings.trigger_search_path || ', pg_temp' as trigger_path
     into rule
@@ -269,7 +272,8 @@ begin
        and progress.student_id = held.user_id
        and progress.student_id between ends.first_user and ends.last_user
        and progress.specialization_id = held.specialization
-    returning progress.student_id, progress.specialization_id, held.old_level, progress.current_level, held.actor, held.reason
+    returning progress.student_id, progress.specialization_id, held.old_level, held.new_level, progress.current_level,
+              held.actor, held.reason
   ), logged as (
     insert into level_sync.sync_events
            (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id, actor, reason)
@@ -278,40 +282,50 @@ begin
       from carried
      where carried.current_level is distinct from carried.old_level
   )
-  select count(*) into held_count from held;
+  select (select count(*) from held), (select count(*) from carried where carried.current_level = carried.new_level)
+    into held_count, carried_count;
   perform level_sync._as_ourselves(nestloop);
 
   if 'deleted' = any (changes) or 'license' = any (sides) and cardinality(user_ids) > held_count then
-    with created as (
-      insert into public.specialization_progress
-             (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
-      select license.user_id, license.specialization_type, license.current_level, 0, 0, 0, written_at
-        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
+    with missing as materialized (
+      select pair.user_id, pair.specialization, license.current_level as new_level, pair.actor, pair.reason
+        from unnest(user_ids, specializations, sides, changes, actors, reasons)
+               as pair (user_id, specialization, side, change, actor, reason)
         join public.user_licenses as license
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization
           and license.user_id between ends.first_user and ends.last_user
         join public.specializations as specialization
           on specialization.id = pair.specialization
          and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
-       where (select level_sync._as_the_application(rule.trigger_path))
-         and (pair.side = 'license' and pair.change in ('created', 'level_changed')
+       where (pair.side = 'license' and pair.change in ('created', 'level_changed')
               or pair.side = 'progress' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
          and not exists (
            select from public.specialization_progress as progress
             where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
               and progress.student_id between ends.first_user and ends.last_user)
+    ), inserted as (
+      insert into public.specialization_progress
+             (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
+      select missing.user_id, missing.specialization, missing.new_level, 0, 0, 0, written_at
+        from missing
+       where (select level_sync._as_the_application(rule.trigger_path))
       on conflict do nothing
       returning specialization_progress.student_id, specialization_progress.specialization_id, specialization_progress.current_level
+    ), created as (
+      select inserted.student_id, inserted.specialization_id, inserted.current_level, missing.new_level,
+             missing.actor, missing.reason
+        from inserted
+        join missing on missing.user_id = inserted.student_id and missing.specialization = inserted.specialization_id
     ), logged as (
       insert into level_sync.sync_events
              (occurred_at, user_id, specialization, direction, action, new_level, source, run_id, actor, reason)
       select carried_at, created.student_id, created.specialization_id, 'license_to_progress', 'created',
-             created.current_level, source, run_id, pair.actor, pair.reason
+             created.current_level, source, run_id, created.actor, created.reason
         from created
-        join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
-          on pair.user_id = created.student_id and pair.specialization = created.specialization_id
     )
-    select count(*) into created_count from created;
+    select (select count(*) from missing), (select count(*) from inserted),
+           (select count(*) from created where created.current_level = created.new_level)
+      into missing_count, created_count, arrived_count;
     perform level_sync._as_ourselves(nestloop);
 
     -- As a foreign key does it: beside one that was inserted, the row that was there must not go before this transaction
@@ -357,11 +371,13 @@ begin
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);
+  return case when carried_count = held_count and created_count = missing_count and arrived_count = missing_count
+              then carried_count + created_count else 0 end;
 end
 $$;
 
 comment on function level_sync._carry_licenses_to_progress(bigint[], text[], text[], text[], text, bigint, text[], text[]) is
-  'Brings progress to the level of its license, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session.';
+  'Brings progress to the level of its license, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session. Returns how many pairs were changed and are certainly equal now; 0 where some may not be.';
 
 -- At commit: a license may only go together with its progress.
 create or replace function level_sync._judge_lone_progress(user_id bigint, specialization text)

@@ -4,13 +4,14 @@
 create or replace function level_sync._carry_pairs(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text,
     run_id bigint default null, actors text[] default null, reasons text[] default null)
-  returns void
+  returns bigint
   language plpgsql
   set search_path = pg_catalog, pg_temp
 as $$
 declare
   outer_nestloop constant text := current_setting('enable_nestloop');
   outer_work_mem constant text := current_setting('work_mem');
+  arrived_count  bigint;
 begin
   perform set_config('level_sync.outer_nestloop', outer_nestloop, true);
   -- The planner takes the two columns of a pair for independent and expects a handful of matches however many pairs
@@ -27,19 +28,21 @@ begin
       perform set_config('work_mem', '64MB', true);
     end if;
   end if;
-  perform level_sync._carry_progress_to_licenses(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
-  perform level_sync._carry_licenses_to_progress(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
+  arrived_count := level_sync._carry_progress_to_licenses(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
+  arrived_count := level_sync._carry_licenses_to_progress(user_ids, specializations, sides, changes, source, run_id, actors, reasons)
+                   + arrived_count;
   perform set_config('enable_nestloop', outer_nestloop, true),
           set_config('work_mem', outer_work_mem, true);
+  return arrived_count;
 end
 $$;
 
 comment on function level_sync._carry_pairs(bigint[], text[], text[], text[], text, bigint, text[], text[]) is
-  'Brings pairs into step: the other side follows the side that was written; what was created never demotes.';
+  'Brings pairs into step: the other side follows the side that was written; what was created never demotes. Returns for how many of them it is certain without another look that they are equal now.';
 
 create or replace function level_sync._carry_pair(
     user_id bigint, specialization text, side text, change text, source text, run_id bigint default null)
-  returns void
+  returns bigint
   language sql
   set search_path = pg_catalog, pg_temp
 as $$
@@ -148,8 +151,10 @@ begin
 
   perform level_sync._count_subtransaction();
   begin
-    perform level_sync._carry_pairs(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
-    return;
+    if level_sync._carry_pairs(user_ids, specializations, sides, changes, source, run_id, actors, reasons) = pair_count then
+      return;
+    end if;
+    first_pair := pair_count + 1;  -- Nothing failed, but somebody's trigger or lock may have kept a level from arriving.
   exception when others or assert_failure then
     if sqlstate = '40001' then
       raise;
@@ -168,7 +173,7 @@ begin
                                         sides[chunk_from:chunk_to], changes[chunk_from:chunk_to], source, run_id,
                                         actors[chunk_from:chunk_to], reasons[chunk_from:chunk_to]);
       end loop;
-      return;
+      exit;
     exception when others or assert_failure then
       if sqlstate = '40001' then
         raise;
@@ -207,11 +212,18 @@ begin
     end;
     first_pair := suspect + 1;
   end loop;
+
+  select array_agg(unequal.pair_number), array_agg(coalesce(failed.state, unequal.state)),
+         array_agg(coalesce(failed.message, unequal.message))
+    into failed_numbers, failed_sqlstates, failed_messages
+    from level_sync._unequal_pairs(user_ids, specializations, sides) as unequal
+    left join unnest(failed_numbers, failed_sqlstates, failed_messages) as failed (pair_number, state, message)
+      on failed.pair_number = unequal.pair_number;
 end
 $$;
 
 comment on function level_sync._carry_pairs_that_can(bigint[], text[], text[], text[], text, bigint, integer, text[], text[]) is
-  'Carries the pairs it can and returns the numbers of those that failed, with their errors, without using more subtransactions than allowed.';
+  'Carries the pairs it can and returns the numbers of those that are not equal now, with their errors where there were any, without using more subtransactions than allowed.';
 
 create or replace function level_sync._is_pair_free(user_id bigint, specialization text)
   returns boolean
@@ -325,38 +337,41 @@ begin
     end if;
 
     if on_error = 'raise' then
-      perform level_sync._carry_pairs(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger',
-                                      null, pairs.actors, pairs.reasons);
+      if level_sync._carry_pairs(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger', null,
+                                 pairs.actors, pairs.reasons) < cardinality(pairs.user_ids)
+      then
+        select array_agg(unequal.pair_number)
+          into failed_numbers
+          from level_sync._unequal_pairs(pairs.user_ids, pairs.specializations, pairs.sides) as unequal;
+      end if;
     else
       select * into failed_numbers, failed_sqlstates, failed_messages
         from level_sync._carry_pairs_that_can(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes,
                                               'trigger', null, 62, pairs.actors, pairs.reasons);
     end if;
 
-    select array_agg(unequal.user_id) as user_ids, array_agg(unequal.specialization) as specializations,
-           array_agg(pair.side) as sides, array_agg(pair.change) as changes,
-           array_agg(pair.actor) as actors, array_agg(pair.reason) as reasons,
-           array_agg(coalesce(failed.state, unequal.state, '55P03')) as sqlstates,
-           array_agg(coalesce(failed.message, unequal.message, 'the other row is held by another transaction, its trigger dropped the write, or too many others failed')) as messages
-      into unfinished
-      from level_sync._unequal_pairs(pairs.user_ids, pairs.specializations, pairs.sides) as unequal
-      join unnest(pairs.sides, pairs.changes, pairs.actors, pairs.reasons) with ordinality
-             as pair (side, change, actor, reason, pair_number)
-        on pair.pair_number = unequal.pair_number
-      left join unnest(failed_numbers, failed_sqlstates, failed_messages)
-                  as failed (pair_number, state, message)
-        on failed.pair_number = unequal.pair_number
-     -- Written again by a trigger while it was carried: the set of that write comes after this one.
-     where (unequal.user_id, unequal.specialization) not in (
-             select again.user_id, again.specialization
-               from level_sync.pending_pairs as again
-              where again.transaction_id = new.transaction_id);
-    if unfinished.user_ids is not null then
-      if on_error = 'raise' then
+    if failed_numbers <> '{}' then
+      select array_agg(pair.user_id) as user_ids, array_agg(pair.specialization) as specializations,
+             array_agg(pair.side) as sides, array_agg(pair.change) as changes,
+             array_agg(pair.actor) as actors, array_agg(pair.reason) as reasons,
+             array_agg(coalesce(failed.state, '55P03')) as sqlstates,
+             array_agg(coalesce(failed.message, 'the other row is held by another transaction, its trigger dropped the write, or too many others failed')) as messages
+        into unfinished
+        from unnest(failed_numbers, failed_sqlstates, failed_messages) as failed (pair_number, state, message)
+        join unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.actors, pairs.reasons)
+               with ordinality as pair (user_id, specialization, side, change, actor, reason, pair_number)
+          on pair.pair_number = failed.pair_number
+       -- Written again by a trigger while it was carried: the set of that write comes after this one.
+       where (pair.user_id, pair.specialization) not in (
+               select again.user_id, again.specialization
+                 from level_sync.pending_pairs as again
+                where again.transaction_id = new.transaction_id);
+      if on_error = 'raise' and unfinished.user_ids is not null then
         perform level_sync._refuse_difference(unfinished.user_ids[1], unfinished.specializations[1]);
+      elsif unfinished.user_ids is not null then
+        perform level_sync._enqueue(unfinished.user_ids, unfinished.specializations, unfinished.sides, unfinished.changes,
+                                    unfinished.sqlstates, unfinished.messages, unfinished.actors, unfinished.reasons);
       end if;
-      perform level_sync._enqueue(unfinished.user_ids, unfinished.specializations, unfinished.sides, unfinished.changes,
-                                  unfinished.sqlstates, unfinished.messages, unfinished.actors, unfinished.reasons);
     end if;
     perform set_config('lock_timeout', outer_lock_timeout, true);
   exception when others or assert_failure then
@@ -455,7 +470,7 @@ $trigger$, 'At commit: the pair that was left is judged like a delete, the new o
 
 -- The drain. It locks both rows of a pair before it looks at them, and leaves alone what somebody else holds.
 create or replace function level_sync._lock_free_pairs(user_ids bigint[], specializations text[])
-  returns table (pair_number bigint)
+  returns table (pair_number bigint, has_progress boolean, progress_level integer, has_license boolean, license_level integer)
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
@@ -470,21 +485,22 @@ begin
       select pair.user_id, pair.specialization, pair.pair_number
         from unnest(user_ids, specializations) with ordinality as pair (user_id, specialization, pair_number)
     ), locked_progress as materialized (
-      select pair.pair_number
+      select pair.pair_number, progress.current_level
         from pair
         join public.specialization_progress as progress
           on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
          and progress.student_id between ends.first_user and ends.last_user
          for no key update of progress skip locked
     ), locked_license as materialized (
-      select pair.pair_number
+      select pair.pair_number, license.current_level
         from pair
         join public.user_licenses as license
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization
          and license.user_id between ends.first_user and ends.last_user
          for no key update of license skip locked
     )
-    select pair.pair_number
+    select pair.pair_number, locked_progress.pair_number is not null, locked_progress.current_level,
+           locked_license.pair_number is not null, locked_license.current_level
       from pair
       left join locked_progress on locked_progress.pair_number = pair.pair_number
       left join locked_license on locked_license.pair_number = pair.pair_number
@@ -502,7 +518,7 @@ end
 $$;
 
 comment on function level_sync._lock_free_pairs(bigint[], text[]) is
-  'Locks the rows of the pairs that nobody holds, without waiting, and returns their numbers, counted from 1.';
+  'Locks the rows of the pairs that nobody holds, without waiting, and returns their numbers, counted from 1, and their levels as locked. A missing row cannot be locked: it may come any time.';
 
 create or replace function level_sync._drain_batch(due_before timestamptz)
   returns integer
@@ -517,7 +533,7 @@ declare
   rule             record;
   ripe             record;
   pairs            record;
-  lockable_numbers bigint[];
+  lockable         record;
   free             record;
   failures         record;
 begin
@@ -592,10 +608,11 @@ begin
     into pairs
     from latest;
 
-  -- A statement of its own: the next one's snapshot has what was written until the locks were taken.
-  select array_agg(lockable.pair_number)
-    into lockable_numbers
-    from level_sync._lock_free_pairs(pairs.user_ids, pairs.specializations) as lockable;
+  -- A statement of its own: the next one's snapshot has what was queued until the locks were taken.
+  select array_agg(locked.pair_number) as pair_numbers, array_agg(locked.has_progress) as has_progress,
+         array_agg(locked.has_license) as has_license
+    into lockable
+    from level_sync._lock_free_pairs(pairs.user_ids, pairs.specializations) as locked;
 
   -- The row that was written may be gone, by a way that triggers do not see: then the one that is left is the truth.
   -- And one whose deletion waits here may have come back.
@@ -607,24 +624,18 @@ begin
     from (
       select pair.user_id, pair.specialization, pair.queue_id, pair.attempts, pair.actor, pair.reason,
              case when pair.change = 'deleted' then pair.side
-                  when progress.student_id is null and license.user_id is not null then 'license'
-                  when license.user_id is null and progress.student_id is not null then 'progress'
+                  when locked.has_license and not locked.has_progress then 'license'
+                  when locked.has_progress and not locked.has_license then 'progress'
                   else pair.side end as side,
-             case when pair.change = 'level_changed' and (progress.student_id is null or license.user_id is null)
-                    or pair.change = 'deleted' and pair.side = 'progress' and progress.student_id is not null
-                    or pair.change = 'deleted' and pair.side = 'license' and license.user_id is not null
+             case when pair.change = 'level_changed' and not (locked.has_progress and locked.has_license)
+                    or pair.change = 'deleted' and case pair.side when 'progress' then locked.has_progress else locked.has_license end
                   then 'created' else pair.change end as change
-        from unnest(lockable_numbers) as lockable (pair_number)
+        from unnest(lockable.pair_numbers, lockable.has_progress, lockable.has_license)
+               as locked (pair_number, has_progress, has_license)
         join unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.queue_ids, pairs.attempts,
                     pairs.actors, pairs.reasons)
                with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, actor, reason, pair_number)
-          on pair.pair_number = lockable.pair_number
-        left join public.specialization_progress as progress
-          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-         and progress.student_id between ripe.first_user and ripe.last_user
-        left join public.user_licenses as license
-          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-         and license.user_id between ripe.first_user and ripe.last_user
+          on pair.pair_number = locked.pair_number
        -- Written since the queue was read: the newer entry, not this one, knows the side.
        where not exists (
                select from level_sync.sync_queue as newer
@@ -656,13 +667,11 @@ begin
     select pair.user_id, pair.queue_id,
            -- Held by somebody, or made by somebody who has not committed yet: later, as above.
            coalesce(pair.attempts, 0) + case when failed.state in ('55P03', '40P01') then 0 else 1 end as attempts,
-           unequal.pair_number is null as is_done,
-           coalesce(failed.state, unequal.state, '55000') as state,
-           coalesce(failed.message, unequal.message, 'the level did not arrive: a trigger of the other table changed or dropped the write') as message
+           failed.pair_number is null as is_done,
+           coalesce(failed.state, '55000') as state,
+           coalesce(failed.message, 'the level did not arrive: a trigger of the other table changed or dropped the write') as message
       from unnest(free.user_ids, free.queue_ids, free.attempts) with ordinality
              as pair (user_id, queue_id, attempts, pair_number)
-      left join level_sync._unequal_pairs(free.user_ids, free.specializations, free.sides) as unequal
-        on unequal.pair_number = pair.pair_number
       left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
                   as failed (pair_number, state, message)
         on failed.pair_number = pair.pair_number

@@ -280,14 +280,12 @@ begin
                                           'reconcile', run_id, 1000000, null, null);
 
   with outcome as materialized (
-    select pair.user_id, pair.specialization, pair.side, unequal.pair_number is not null as has_failed,
-           coalesce(failed.state, unequal.state, '55000') as state,
-           coalesce(failed.message, unequal.message,
+    select pair.user_id, pair.specialization, pair.side, failed.pair_number is not null as has_failed,
+           coalesce(failed.state, '55000') as state,
+           coalesce(failed.message,
                     'the level did not arrive: a trigger of the other table changed or dropped the write') as message
       from unnest(due.user_ids, due.specializations, due.sides) with ordinality
              as pair (user_id, specialization, side, pair_number)
-      left join level_sync._unequal_pairs(due.user_ids, due.specializations, due.sides) as unequal
-        on unequal.pair_number = pair.pair_number
       left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
                   as failed (pair_number, state, message)
         on failed.pair_number = pair.pair_number
@@ -335,33 +333,31 @@ create or replace function level_sync._confirm_pairs(
   set jit = off
 as $$
 declare
-  free_numbers bigint[];
-  ends         record;
+  free record;
+  ends record;
 begin
   select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
-  select array_agg(free.pair_number)
-    into free_numbers
-    from level_sync._lock_free_pairs(user_ids, specializations) as free;
+  select array_agg(locked.pair_number) as pair_numbers,
+         array_agg(locked.has_progress) as has_progress, array_agg(locked.progress_level) as progress_levels,
+         array_agg(locked.has_license) as has_license, array_agg(locked.license_level) as license_levels
+    into free
+    from level_sync._lock_free_pairs(user_ids, specializations) as locked;
 
-  -- A new statement sees what was committed before the locks were granted.
+  -- A new statement sees what was queued before the locks were granted.
   return query
     select pair.user_id, pair.specialization, pair.side,
            -- A missing row cannot be locked: should it come just now, the higher of the two levels stands.
-           case when progress.student_id is null or license.user_id is null then 'created' else 'level_changed' end,
-           case when free.pair_number is null then 'held'
+           case when locked.has_progress and locked.has_license then 'level_changed' else 'created' end,
+           case when locked.pair_number is null then 'held'
                 when heeds_queue and waiting.user_id is not null then 'queued'
-                when progress.current_level is distinct from pair.progress_level
-                  or license.current_level is distinct from pair.license_level then 'changed'
+                when locked.progress_level is distinct from pair.progress_level
+                  or locked.license_level is distinct from pair.license_level then 'changed'
            end
       from unnest(user_ids, specializations, sides, progress_levels, license_levels) with ordinality
              as pair (user_id, specialization, side, progress_level, license_level, pair_number)
-      left join unnest(free_numbers) as free (pair_number) on free.pair_number = pair.pair_number
-      left join public.specialization_progress as progress
-        on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-       and progress.student_id between ends.first_user and ends.last_user
-      left join public.user_licenses as license
-        on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-       and license.user_id between ends.first_user and ends.last_user
+      left join unnest(free.pair_numbers, free.has_progress, free.progress_levels, free.has_license, free.license_levels)
+                  as locked (pair_number, has_progress, progress_level, has_license, license_level)
+        on locked.pair_number = pair.pair_number
       left join (
         select queued.user_id, queued.specialization
           from level_sync.sync_queue as queued
