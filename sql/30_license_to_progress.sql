@@ -223,7 +223,6 @@ declare
   rule          record;
   held_count    bigint;
   carried_count bigint;
-  missing_count bigint := 0;
   created_count bigint := 0;
   arrived_count bigint := 0;
   ends          record;
@@ -323,9 +322,8 @@ begin
              created.current_level, source, run_id, created.actor, created.reason
         from created
     )
-    select (select count(*) from missing), (select count(*) from inserted),
-           (select count(*) from created where created.current_level = created.new_level)
-      into missing_count, created_count, arrived_count;
+    select (select count(*) from created), (select count(*) from created where created.current_level = created.new_level)
+      into created_count, arrived_count;
     perform level_sync._as_ourselves(nestloop);
 
     -- As a foreign key does it: beside one that was inserted, the row that was there must not go before this transaction
@@ -371,13 +369,12 @@ begin
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);
-  return case when carried_count = held_count and created_count = missing_count and arrived_count = missing_count
-              then carried_count + created_count else 0 end;
+  return carried_count + arrived_count;
 end
 $$;
 
 comment on function level_sync._carry_licenses_to_progress(bigint[], text[], text[], text[], text, bigint, text[], text[]) is
-  'Brings progress to the level of its license, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session. Returns how many pairs were changed and are certainly equal now; 0 where some may not be.';
+  'Brings progress to the level of its license, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session. Returns how many pairs it has changed that are certainly equal now.';
 
 -- At commit: a license may only go together with its progress.
 create or replace function level_sync._judge_lone_progress(user_id bigint, specialization text)
