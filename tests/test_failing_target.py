@@ -88,6 +88,22 @@ def test_whatever_goes_wrong_on_the_target_is_queued(db, table, inline_limit, bo
 
 @BOTH
 @BULK
+@pytest.mark.parametrize("body", ["return null", "new.current_level := 1"], ids=["dropped", "changed"])
+def test_a_row_that_is_made_at_another_level_or_not_at_all_is_queued(db, users, table, inline_limit, body):
+    configure(db, inline_limit=inline_limit)
+    users(2)
+    user_trigger(db, f"before insert on {OTHER[table]}", body)
+    with db.transaction():
+        insert(db, table, 1, 5)
+        insert(db, table, 2, 5)
+    assert [entry[:4] for entry in queued(db)] == [(pair, "PLAYER", SIDE[table], "created") for pair in (1, 2)]
+    drop_user_trigger(db)
+    drain(db)
+    assert [levels(db, pair) for pair in (1, 2)] == [(5, 5), (5, 5)]
+
+
+@BOTH
+@BULK
 def test_check_on_the_target_that_the_sync_breaks(db, table, inline_limit):
     configure(db, inline_limit=inline_limit)
     add_pair(db, 1, level=3)
