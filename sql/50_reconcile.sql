@@ -544,38 +544,45 @@ begin
   -- Each turn is a transaction. COMMIT stands outside the block that catches errors, because inside it is not allowed.
   while phase is not null and error is null loop
     begin
-      case phase
-        when 'draining' then  -- Queued pairs know which side was written last.
-          if level_sync._drain_batch(started_at) = 0 then
-            phase := 'looking';
+      begin
+        case phase
+          when 'draining' then  -- Queued pairs know which side was written last.
+            if level_sync._drain_batch(started_at) = 0 then
+              phase := 'looking';
+            end if;
+          when 'looking' then
+            next_user := level_sync._plan_range(run_id, direction, coalesce(next_user, -9223372036854775808), rule.batch_size * 10);
+            if next_user is null then
+              phase := case when not dry_run then 'deciding' end;
+            end if;
+          when 'deciding' then  -- More than anybody expects is not repaired unasked.
+            if not approve and level_sync._count_planned(plan_id) > rule.repair_limit then
+              status := 'needs_approval';
+              phase  := null;
+            else
+              phase := 'repairing';
+            end if;
+          when 'repairing' then
+            next_user := level_sync._repair_batch(run_id, plan_id, coalesce(next_user, -9223372036854775808), rule.batch_size);
+            if next_user is null then
+              phase := null;
+            end if;
+        end case;
+        tries := 0;
+      exception
+        when serialization_failure or deadlock_detected or lock_not_available then
+          tries := tries + 1;
+          if tries = 3 then
+            error := sqlerrm; error_code := sqlstate;
           end if;
-        when 'looking' then
-          next_user := level_sync._plan_range(run_id, direction, coalesce(next_user, -9223372036854775808), rule.batch_size * 10);
-          if next_user is null then
-            phase := case when not dry_run then 'deciding' end;
-          end if;
-        when 'deciding' then  -- More than anybody expects is not repaired unasked.
-          if not approve and level_sync._count_planned(plan_id) > rule.repair_limit then
-            status := 'needs_approval';
-            phase  := null;
-          else
-            phase := 'repairing';
-          end if;
-        when 'repairing' then
-          next_user := level_sync._repair_batch(run_id, plan_id, coalesce(next_user, -9223372036854775808), rule.batch_size);
-          if next_user is null then
-            phase := null;
-          end if;
-      end case;
-      tries := 0;
-    exception
-      when serialization_failure or deadlock_detected or lock_not_available then
-        tries := tries + 1;
-        if tries = 3 then
+        when query_canceled then
+          perform pg_sleep(0.01);  -- A client's cancel comes as two signals before PostgreSQL 17, the second a moment later.
           error := sqlerrm; error_code := sqlstate;
-        end if;
-      when query_canceled or others then
-        error := sqlerrm; error_code := sqlstate;
+        when others then
+          error := sqlerrm; error_code := sqlstate;
+      end;
+    exception when query_canceled then
+      error := sqlerrm; error_code := sqlstate;
     end;
     call level_sync._begin_batch(is_inside_transaction);
     if tries > 0 and error is null then

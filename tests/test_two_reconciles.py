@@ -116,6 +116,18 @@ def test_run_cancelled_says_aborted_at_once_and_raises(database, broken):
     broken.execute("call level_sync.reconcile()")
 
 
+def test_cancel_that_comes_as_two_signals_is_one_cancel(database, broken):
+    """As PostgreSQL before 17 sends it; here the second one comes at several moments after the first."""
+    twice = "select pg_cancel_backend(%(pid)s), pg_sleep(%(pause)s), pg_cancel_backend(%(pid)s)"
+    pauses = [step / 20_000 for step in range(10)]  # seconds
+    for number, pause in enumerate(pauses, 1):
+        with stopped_at_user_35(database, broken) as runner:
+            broken.execute(twice, {"pid": runner.info.backend_pid, "pause": pause})
+            wait_for(broken, f"(select count(*) = {number} from level_sync.sync_log where status = 'aborted')")
+    assert broken.execute("select sum(synced_count) from level_sync.sync_log").fetchone() == (30,)
+    broken.execute("call level_sync.reconcile()")
+
+
 def test_ctrl_c_leaves_a_consistent_database_and_an_aborted_row(database, broken):
     gate = database.connect(autocommit=False)
     gate.execute("select pg_advisory_xact_lock(35)")
