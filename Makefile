@@ -38,6 +38,7 @@ test: $(VENV)/.test
 
 proof: $(VENV)/.test
 	@tests/install_server_packages
+	@tests/unpack_prometheus $(VENV)/prometheus
 ifdef PROOF
 	$(BIN)/pytest --proof --numprocesses=0 --verbose $(PROOF)
 else

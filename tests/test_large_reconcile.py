@@ -117,5 +117,5 @@ def test_every_planted_desync_is_repaired_and_nothing_else_while_clients_write(d
         f"{planted} of {pairs} pairs repaired in {first} s;"
         f" writers' p99 {alone:.1f} ms alone, {beside:.1f} ms beside it",
     )
-    slack = 0 if pairs == 1_000_000 else 5  # beside other tests a few milliseconds are noise
+    slack = 0 if pairs == 1_000_000 else 25  # beside other tests some milliseconds are noise; a held lock is more
     assert beside <= 2 * alone + slack
