@@ -541,3 +541,21 @@ def test_ranges_that_are_estimated_leave_no_user_out(db):
     assert last_run(db)["issues_found"] == 5500
     db.execute("call level_sync.reconcile()")
     assert last_run(db)["synced_count"] == 5500
+
+
+@BOTH
+@pytest.mark.leftovers
+@pytest.mark.parametrize("is_analyzed", [False, True], ids=["counted", "estimated"])
+def test_a_range_ends_where_one_side_has_enough_although_the_other_ended_before(db, users, table, is_analyzed):
+    users(10_000)
+    with bypass(db):
+        for side, last in ((table, 10_000), (OTHER[table], 20)):
+            db.execute(f"alter table {side} set (autovacuum_enabled = off)")
+            db.execute(
+                f"insert into {side} ({', '.join(KEY[side])}) select id, 'PLAYER' from users where id <= %s", [last]
+            )
+        if is_analyzed:
+            db.execute(f"analyze {table}, {OTHER[table]}")
+        db.execute(f"delete from {table} where {KEY[table][0]} between 501 and 9000")  # Statistics do not know of it.
+    end = db.execute("select level_sync._end_of_range(0, 1000)").fetchone()[0]
+    assert 500 <= end <= 2500 if is_analyzed else end == 9501
