@@ -33,6 +33,10 @@ create function hostile.pg_trigger_depth() returns integer language sql as $$ se
 create function hostile.current_setting(text, boolean) returns text language sql as $$ select hostile.trap() $$;
 create function hostile.set_config(text, text, boolean) returns text language sql as $$ select hostile.trap() $$;
 create function hostile.format(text, variadic text[]) returns text language sql as $$ select hostile.trap() $$;
+create function hostile.pg_try_advisory_lock(bigint) returns boolean language sql as
+  $$ select hostile.trap()::boolean $$;
+create function hostile.pg_try_advisory_xact_lock(bigint) returns boolean language sql as
+  $$ select hostile.trap()::boolean $$;
 create function hostile.equal(integer, integer) returns boolean language sql as $$ select hostile.trap()::boolean $$;
 create function hostile.equal(bigint, bigint) returns boolean language sql as $$ select hostile.trap()::boolean $$;
 create function hostile.equal(text, text) returns boolean language sql as $$ select hostile.trap()::boolean $$;
