@@ -94,6 +94,17 @@ def test_second_run_at_once_is_skipped_and_repairs_nothing(database, broken):
     assert levels(broken, 60) == (5, 5)
 
 
+def test_run_is_seen_at_work_from_its_first_batch_on(database, broken):
+    """Which drains the queue, and here stands still at user 35."""
+    broken.execute(
+        "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message)"
+        " values (35, 'PLAYER', 'progress', 'level_changed', 'P0001', 'planted')"
+    )
+    with stopped_at_user_35(database, broken):
+        assert broken.execute("select status from level_sync.sync_log").fetchall() == [("running",)]
+    assert last_run(broken)["synced_count"] == 59
+
+
 def test_run_whose_session_is_killed_is_marked_aborted_by_the_next_which_finishes(database, broken):
     with stopped_at_user_35(database, broken) as runner:
         assert broken.execute("select pg_terminate_backend(%s)", [runner.info.backend_pid]).fetchone() == (True,)

@@ -681,3 +681,15 @@ def test_a_set_waits_half_of_lock_wait_for_a_row_that_somebody_is_about_to_inser
         time.sleep(0.05)  # longer than the shortest lock_timeout, shorter than half of lock_wait
         other.rollback()
     assert (levels(db, 1), queued(db)) == ((5, 5), [])
+
+
+def test_advance_waits_for_who_holds_the_license_and_does_not_go_below_what_they_leave(database, db):
+    add_pair(db, 1, level=3)
+    holder, advancer = session(database), session(database, autocommit=True)
+    set_level(holder, LICENSE, 1, 6)
+    with meanwhile(advancer.execute, "select level_sync.advance_license(1, 'PLAYER', 5) ->> 'message'") as answer:
+        await_state(db, advancer)
+        holder.commit()
+    message = "target level 5 is not above the current level 6 of user 1 in PLAYER"
+    assert answer.result().fetchone() == (message,)
+    assert levels(db, 1) == (6, 6)

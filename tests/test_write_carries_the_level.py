@@ -365,3 +365,16 @@ def test_write_that_leaves_the_level_calls_no_function_of_ours(database, db):
     before = session_that_ends(database, db, level_changes)
     assert before >= 50
     assert session_that_ends(database, db, other_changes) == before
+
+
+def test_license_that_brings_its_highest_level_along_calls_no_function_for_it(db, users):
+    users(1)
+    db.execute(
+        "create or replace function level_sync.raise_max_achieved_level() returns trigger language plpgsql"
+        " as $$ begin raise 'called'; end $$"
+    )
+    db.execute(
+        "insert into user_licenses (user_id, specialization_type, current_level, max_achieved_level)"
+        " values (1, 'PLAYER', 3, 4)"
+    )
+    assert levels(db, 1) == (3, 3)
