@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 import command_line
-from academy import LICENSE, PROGRESS, drain, insert, levels, set_level
+from academy import BOTH, KEY, LICENSE, PROGRESS, drain, insert, levels, set_level
 from command_line import Done
 from level_sync import check, install
 from level_sync.verify import DESYNC, DRIFT, FOREIGN_KEYS, exit_code, verify
@@ -317,6 +317,28 @@ def test_adopted_end_to_end(empty_database, old):
     for table in (PROGRESS, LICENSE):
         set_level(old, table, 95, 2 if table == PROGRESS else 4)
     assert levels(old, 95) == (4, 4)
+
+
+@BOTH
+def test_of_duplicates_the_highest_stays_then_the_latest_then_the_last_written(empty_database, old, table):
+    user, specialization = KEY[table]
+    latest, further = {PROGRESS: ("last_activity", "total_xp"), LICENSE: ("last_advanced_at", "started_at")}[table]
+    more, less = {PROGRESS: ("900", "100"), LICENSE: ("'2026-02-02'", "'2026-01-01'")}[table]
+    old.execute(DEFAULTS)
+    old.execute(f"delete from {table} where {user} between 11 and 15")
+    old.execute(
+        f"insert into {table} ({user}, {specialization}, current_level, {latest}, {further}) values"
+        f" (11, 'PLAYER', 5, '2026-01-01', {less}), (11, 'PLAYER', 2, '2026-02-02', {more}),"
+        f" (12, 'PLAYER', 2, '2026-02-02', {less}), (12, 'PLAYER', 2, '2026-01-01', {more}),"
+        f" (13, 'PLAYER', 2, '2026-02-02', {less}), (13, 'PLAYER', 2, null, {more}),"
+        f" (14, 'PLAYER', 2, '2026-01-01', {more}), (14, 'PLAYER', 2, '2026-01-01', {less}),"
+        f" (15, 'PLAYER', 2, '2026-01-01', {more}), (15, 'PLAYER', 2, '2026-01-01', {more})"
+    )
+    kept = f"select {user}, array_agg(id order by id) from {table} where {user} between 11 and 15 group by 1"
+    before = dict(old.execute(kept).fetchall())
+    assert run(empty_database, "migrate", "--merge-duplicates").exit_code == 0
+    after = {number: before[number].index(ids[0]) for number, ids in old.execute(kept).fetchall() if len(ids) == 1}
+    assert after == {11: 0, 12: 0, 13: 0, 14: 0, 15: 1}
 
 
 def test_rollback_leaves_schema_and_rows_as_they_were(empty_database, old):
