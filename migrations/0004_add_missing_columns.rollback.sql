@@ -1,13 +1,31 @@
--- Removes the columns that migrate added to tables it did not create.
+-- Removes the columns that migrate added to tables it did not create, unless there is something in them by now.
 do $$
 declare
-  done record;
+  added     record;
+  is_filled boolean;
 begin
-  for done in
-    select change_id, undo_sql from level_sync.application_changes where change like 'added column %' order by change_id desc
+  for added in
+    select changes.change_id, changes.undo_sql, changes.change,
+           substring(changes.change from '^added column (.*) to ') as name,
+           substring(changes.change from ' to (.*)$') as on_table
+      from level_sync.application_changes as changes
+     where changes.change like 'added column %'
+     order by changes.change_id desc
   loop
-    execute done.undo_sql;
-    delete from level_sync.application_changes where change_id = done.change_id;
+    is_filled := false;
+    if exists (
+      select from pg_catalog.pg_attribute as present
+       where present.attrelid = pg_catalog.to_regclass(added.on_table)
+         and present.attname = added.name and not present.attisdropped)
+    then
+      execute format('select exists (select from %s where %I is not null)', added.on_table, added.name) into is_filled;
+    end if;
+    if is_filled then
+      raise warning 'column % of % stays, because there are values in it', added.name, added.on_table;
+    else
+      execute added.undo_sql;
+    end if;
+    delete from level_sync.application_changes where change_id = added.change_id;
   end loop;
 end
 $$;

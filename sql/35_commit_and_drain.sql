@@ -701,6 +701,42 @@ $$;
 comment on function level_sync._drain_batch(timestamptz) is
   'Tries one batch of the pairs that were due at a moment, in one transaction. Returns how many pairs it took; 0 when none is left.';
 
+-- Whether a CALL may commit, nothing tells. A COMMIT in a block that catches errors is always refused: with one message
+-- where no COMMIT would be allowed, with another where only the block forbids it. A function hears the first one, in the
+-- server's language.
+create or replace function level_sync._refusal_to_commit()
+  returns text
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+declare
+  refusal text;
+begin
+  begin
+    commit;
+  exception when invalid_transaction_termination then
+    refusal := sqlerrm;
+  end;
+  return refusal;
+end
+$$;
+
+comment on function level_sync._refusal_to_commit() is
+  'What PostgreSQL says to a COMMIT inside a transaction that somebody else has begun.';
+
+create or replace procedure level_sync._look_for_transaction(inout is_inside_transaction boolean)
+  language plpgsql
+as $$
+begin
+  commit;
+exception when invalid_transaction_termination then
+  is_inside_transaction := sqlerrm operator(pg_catalog.=) level_sync._refusal_to_commit();
+end
+$$;
+
+comment on procedure level_sync._look_for_transaction(boolean) is
+  'Tells a procedure that calls it whether it is inside a transaction that somebody else has begun, and so may not commit.';
+
 -- A procedure that commits can neither be SECURITY DEFINER nor have a SET clause: what a function would pin there is
 -- set again after each COMMIT. READ COMMITTED, so that a look after a lock sees what was committed before it; other
 -- people's deferred constraints at once, so that they fail inside a batch and not at its COMMIT, where nothing can
@@ -725,11 +761,11 @@ create or replace procedure level_sync.drain_queue()
   language plpgsql
 as $$
 declare
-  outer_path            constant text    := pg_catalog.current_setting('search_path');
+  outer_path            constant text        := pg_catalog.current_setting('search_path');
   started_at            constant timestamptz := pg_catalog.clock_timestamp();
-  is_inside_transaction constant boolean :=
-    pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
+  is_inside_transaction boolean;
 begin
+  call level_sync._look_for_transaction(is_inside_transaction);
   call level_sync._begin_batch(is_inside_transaction);
   while level_sync._drain_batch(started_at) > 0 loop
     call level_sync._begin_batch(is_inside_transaction);

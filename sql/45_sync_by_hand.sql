@@ -122,12 +122,14 @@ $$;
 comment on function level_sync.sync_license_to_progress(bigint, text, text) is
   'Gives the progress the level of the license; creates it with 0 XP where it is missing. Returns jsonb: success, action (created, updated, none), user_id, specialization, direction, old_level, new_level (of the progress), message. Raises null_value_not_allowed for a NULL key; waits up to 2 s for a held row.';
 
+-- It waits with the rows of earlier pairs locked: all its waits together are to be shorter than deadlock_timeout, after
+-- which an application that wants those rows would be the one to fail.
 create or replace function level_sync.sync_user(user_id bigint, direction text default 'progress_to_license')
   returns jsonb
   language plpgsql
   security definer
   set search_path = pg_catalog, pg_temp
-  set lock_timeout = '2s'
+  set lock_timeout = '100ms'
 as $$
 declare
   answers jsonb;
@@ -170,4 +172,4 @@ end
 $$;
 
 comment on function level_sync.sync_user(bigint, text) is
-  'Carries every specialization of one user in the given direction. Returns jsonb: success, counts of created, updated and none, and pairs (one answer per specialization, as sync_progress_to_license gives it). Raises no_data_found for an unknown user and invalid_parameter_value for an unknown direction.';
+  'Carries every specialization of one user in the given direction. Returns jsonb: success, counts of created, updated and none, and pairs (one answer per specialization, as sync_progress_to_license gives it). Raises no_data_found for an unknown user and invalid_parameter_value for an unknown direction; waits up to 0.1 s for each held row.';

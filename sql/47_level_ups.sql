@@ -8,12 +8,14 @@ create or replace function level_sync._sync_result(user_id bigint, specializatio
   set search_path = pg_catalog, pg_temp
 as $$
 declare
-  levels record;
-  action text;
+  levels   record;
+  is_equal boolean;
+  action   text;
 begin
   select * into levels from level_sync._pair_levels(user_id, specialization, side);
+  is_equal := levels.has_target and levels.target_level is not distinct from levels.source_level;
   action := case
-    when levels.has_target and levels.target_level is not distinct from levels.source_level then
+    when is_equal then
       case when target_level_before is null then 'created'
            when target_level_before is distinct from levels.target_level then 'updated'
            else 'none' end
@@ -22,17 +24,22 @@ begin
        where pending.transaction_id = pg_current_xact_id_if_assigned()
          and pending.user_id = _sync_result.user_id
          and pending.specialization = _sync_result.specialization) then 'at_commit'
-    else 'queued'
+    when exists (
+      select from level_sync.sync_queue as queued
+       where queued.user_id = _sync_result.user_id and queued.specialization = _sync_result.specialization) then 'queued'
+    else 'none'
   end;
   return jsonb_build_object(
-    'success', action not in ('queued', 'at_commit'),
+    'success', is_equal,
     'action', action,
     'old_level', target_level_before,
     'new_level', levels.target_level,
     'message', case action
       when 'at_commit' then 'the other side follows when this transaction commits'
       when 'queued' then 'the other side could not follow yet; the pair is in level_sync.sync_queue'
-      when 'none' then format('both sides have level %s', levels.target_level)
+      when 'none' then
+        case when is_equal then format('both sides have level %s', levels.target_level)
+             else 'the two sides differ and nothing was carried; level_sync.desync_issues shows the pair, the next reconcile repairs it' end
       else format('%s %s at level %s', case side when 'progress' then 'license' else 'progress' end, action, levels.target_level)
     end);
 end
@@ -57,6 +64,7 @@ declare
   session_total  numeric;
   project_total  numeric;
   new_level      integer;
+  is_written     boolean;
   written_at     public.specialization_progress.last_activity%type;
 begin
   if xp_gained is null or sessions_completed is null or projects_completed is null then
@@ -92,16 +100,23 @@ begin
   on conflict do nothing;
   perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
-  select progress.current_level, progress.total_xp, progress.completed_sessions, progress.completed_projects
+  select progress.current_level, coalesce(progress.total_xp, 0) as total_xp,
+         coalesce(progress.completed_sessions, 0) as completed_sessions,
+         coalesce(progress.completed_projects, 0) as completed_projects
     into before
     from public.specialization_progress as progress
    where progress.student_id = update_progress.student_id
      and progress.specialization_id = update_progress.specialization_id
      for no key update;
+  if not found then
+    raise object_not_in_prerequisite_state using
+      message = format('the progress of student %s in %s was not created: a trigger of specialization_progress dropped it',
+                       student_id, specialization_id);
+  end if;
 
-  xp_total       := coalesce(before.total_xp, 0)::numeric + xp_gained;
-  session_total  := coalesce(before.completed_sessions, 0)::numeric + sessions_completed;
-  project_total  := coalesce(before.completed_projects, 0)::numeric + projects_completed;
+  xp_total       := before.total_xp::numeric + xp_gained;
+  session_total  := before.completed_sessions::numeric + sessions_completed;
+  project_total  := before.completed_projects::numeric + projects_completed;
   if xp_total > 9223372036854775807 or session_total > 2147483647 or project_total > 2147483647 then
     raise numeric_value_out_of_range using
       message = format('student %s in %s would have a total beyond what its column holds: XP %s, sessions %s, projects %s',
@@ -141,8 +156,16 @@ begin
          last_activity      = written_at
    where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
      and progress.student_id = update_progress.student_id
-     and progress.specialization_id = update_progress.specialization_id;
+     and progress.specialization_id = update_progress.specialization_id
+  returning progress.current_level, progress.total_xp, progress.completed_sessions, progress.completed_projects
+       into new_level, xp_total, session_total, project_total;
+  is_written := found;
   perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+  if not is_written then
+    raise object_not_in_prerequisite_state using
+      message = format('the progress of student %s in %s was not written: a trigger of specialization_progress dropped the update',
+                       student_id, specialization_id);
+  end if;
 
   return jsonb_build_object(
     'success', true,
@@ -176,6 +199,7 @@ declare
   outer_actor     text := current_setting('level_sync.actor', true);
   outer_reason    text := current_setting('level_sync.reason', true);
   old_level       integer;
+  new_level       integer;
   max_levels      integer;
   progress_before integer;
   refusal         text;
@@ -224,15 +248,20 @@ begin
          last_advanced_at   = written_at
    where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
      and license.user_id = advance_license.user_id
-     and license.specialization_type = advance_license.specialization;
+     and license.specialization_type = advance_license.specialization
+  returning license.current_level into new_level;
   perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   perform set_config('level_sync.actor', coalesce(outer_actor, ''), true),
           set_config('level_sync.reason', coalesce(outer_reason, ''), true);
 
+  -- Somebody else's trigger may have written another level, or none.
   return jsonb_build_object(
-    'success', true, 'user_id', user_id, 'specialization', specialization,
-    'old_level', old_level, 'new_level', target_level,
-    'message', format('license of user %s in %s advanced from level %s to %s', user_id, specialization, old_level, target_level),
+    'success', new_level is not distinct from target_level, 'user_id', user_id, 'specialization', specialization,
+    'old_level', old_level, 'new_level', coalesce(new_level, old_level),
+    'message', case when new_level = target_level
+                    then format('license of user %s in %s advanced from level %s to %s', user_id, specialization, old_level, target_level)
+                    else format('a trigger of user_licenses changed or dropped the write: license of user %s in %s has level %s, not %s',
+                                user_id, specialization, coalesce(new_level, old_level), target_level) end,
     'advanced_by', advanced_by, 'reason', reason,
     'sync_result', level_sync._sync_result(user_id, specialization, 'license', progress_before));
 end

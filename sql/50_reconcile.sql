@@ -13,7 +13,7 @@ as $$
   select hashtextextended('level_sync reconcile', 0)
 $$;
 
-comment on function level_sync._run_lock() is 'Key of the advisory lock that the one run holds.';
+comment on function level_sync._run_lock() is 'Key of the advisory lock that the one run holds in each of its transactions.';
 
 create or replace function level_sync._is_run_active()
   returns boolean
@@ -31,6 +31,30 @@ as $$
 $$;
 
 comment on function level_sync._is_run_active() is 'Whether a run is at work right now.';
+
+-- A lock of the transaction and not of the session, because a cancel that strikes at a COMMIT, where nothing can catch it,
+-- would leave the session's to whoever keeps the session open. Between two transactions the run is without it for a moment.
+create or replace function level_sync._try_run_lock()
+  returns boolean
+  language plpgsql
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (select from level_sync.sync_log where sync_log.status = 'running') then
+    for look in 1 .. 5 loop
+      if level_sync._is_run_active() then
+        return false;
+      end if;
+      perform pg_sleep(0.01);
+    end loop;
+  end if;
+  return pg_try_advisory_xact_lock(level_sync._run_lock());
+end
+$$;
+
+comment on function level_sync._try_run_lock() is
+  'Takes the lock of the one run for this transaction; false where another run is at work.';
 
 create or replace function level_sync._refuse_senseless_run(
     dry_run boolean, direction text, plan bigint, approve boolean, started_by text)
@@ -68,7 +92,7 @@ $$;
 comment on function level_sync._refuse_senseless_run(boolean, text, bigint, boolean, text) is
   'Raises null_value_not_allowed, invalid_parameter_value or no_data_found for arguments of reconcile that make no sense.';
 
-create or replace function level_sync._start_run(dry_run boolean, direction text, started_by text)
+create or replace function level_sync._start_run(dry_run boolean, direction text, started_by text, plan bigint)
   returns bigint
   language plpgsql
   security definer
@@ -85,12 +109,18 @@ begin
   insert into level_sync.sync_log (dry_run, direction, started_by)
   values (_start_run.dry_run, _start_run.direction, _start_run.started_by)
   returning sync_log.run_id into new_run;
+
+  -- What a run before this one has done of the same plan stands in its own row.
+  if plan is not null then
+    delete from level_sync.sync_plan
+     where sync_plan.run_id = _start_run.plan and sync_plan.outcome <> 'planned';
+  end if;
   return new_run;
 end
 $$;
 
-comment on function level_sync._start_run(boolean, text, text) is
-  'Opens the row of a run, and closes those of runs that died. Only for whoever holds the run lock.';
+comment on function level_sync._start_run(boolean, text, text, bigint) is
+  'Opens the row of a run, closes those of runs that died, and leaves of the plan that is to be applied what is still to do. Only for whoever holds the run lock.';
 
 create or replace function level_sync._log_skipped_run(dry_run boolean, direction text, started_by text)
   returns void
@@ -507,10 +537,9 @@ create or replace procedure level_sync.reconcile(
   language plpgsql
 as $$
 declare
-  outer_path            constant text    := pg_catalog.current_setting('search_path');
+  outer_path            constant text        := pg_catalog.current_setting('search_path');
   started_at            constant timestamptz := pg_catalog.clock_timestamp();
-  is_inside_transaction constant boolean :=
-    pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
+  is_inside_transaction boolean;
   rule       record;
   run_id     bigint;
   plan_id    bigint;
@@ -521,11 +550,10 @@ declare
   error      text;
   error_code text;
 begin
+  call level_sync._look_for_transaction(is_inside_transaction);
   call level_sync._begin_batch(is_inside_transaction);
   perform level_sync._refuse_senseless_run(dry_run, direction, plan, approve, started_by);
-  if not (case when is_inside_transaction then pg_try_advisory_xact_lock(level_sync._run_lock())
-               else pg_try_advisory_lock(level_sync._run_lock()) end)
-  then
+  if not level_sync._try_run_lock() then
     perform level_sync._log_skipped_run(dry_run, direction, started_by),
             set_config('search_path', outer_path, true);
     return;
@@ -533,7 +561,7 @@ begin
 
   begin
     select * into rule from level_sync._run_settings();
-    run_id  := level_sync._start_run(dry_run, direction, started_by);
+    run_id  := level_sync._start_run(dry_run, direction, started_by, plan);
     plan_id := coalesce(plan, run_id);
     phase   := case when plan is not null then 'deciding' when dry_run then 'looking' else 'draining' end;
   exception when query_canceled or others then
@@ -545,6 +573,13 @@ begin
   while phase is not null and error is null loop
     begin
       begin
+        if tries > 0 then
+          perform pg_sleep(0.1 * tries);
+        end if;
+        if not pg_try_advisory_xact_lock(level_sync._run_lock()) then
+          raise lock_not_available using message = 'another run has begun';
+        end if;
+        perform level_sync._tell_progress(phase, next_user, plan_id);
         case phase
           when 'draining' then  -- Queued pairs know which side was written last.
             if level_sync._drain_batch(started_at) = 0 then
@@ -585,24 +620,18 @@ begin
       error := sqlerrm; error_code := sqlstate;
     end;
     call level_sync._begin_batch(is_inside_transaction);
-    if tries > 0 and error is null then
-      perform pg_sleep(0.1 * tries);
-    end if;
-    perform level_sync._tell_progress(phase, next_user, plan_id);
   end loop;
 
   -- What was repaired stands. The row of the run says how it ended; should even that fail, the next run marks it.
   if run_id is not null then
     begin
+      perform pg_try_advisory_xact_lock(level_sync._run_lock());
       perform level_sync._finish_run(run_id, plan_id,
         case when error_code = '57014' then 'aborted' when error is not null then 'failed' else status end,
         error || ' (SQLSTATE ' || error_code || ')');
     exception when query_canceled or others then
       error := sqlerrm; error_code := sqlstate; run_id := null;
     end;
-  end if;
-  if not is_inside_transaction then
-    perform pg_advisory_unlock(level_sync._run_lock());
   end if;
   call level_sync._begin_batch(is_inside_transaction);
   if error_code = '57014' or error is not null and run_id is null then

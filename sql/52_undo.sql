@@ -128,7 +128,10 @@ begin
   begin
     undone := level_sync._put_back(run_id, changes.user_ids, changes.specializations, changes.directions, changes.actions,
                                    changes.old_levels, changes.new_levels);
-  exception when others then
+  exception when others or assert_failure then
+    if sqlstate = '40001' then
+      raise;
+    end if;
     -- One by one, so that a row another table refers to, say, is the only one left alone.
     undone := 0;
     for pair in 1 .. coalesce(cardinality(changes.user_ids), 0) loop
@@ -136,7 +139,10 @@ begin
         undone := undone + level_sync._put_back(run_id, changes.user_ids[pair:pair], changes.specializations[pair:pair],
                                                 changes.directions[pair:pair], changes.actions[pair:pair],
                                                 changes.old_levels[pair:pair], changes.new_levels[pair:pair]);
-      exception when others then
+      exception when others or assert_failure then
+        if sqlstate = '40001' then
+          raise;
+        end if;
         refusal := coalesce(refusal, format('user %s in %s: %s', changes.user_ids[pair], changes.specializations[pair], sqlerrm));
       end;
     end loop;
@@ -145,8 +151,8 @@ begin
 
   return jsonb_build_object(
     'run_id', run_id, 'undone', undone, 'left_alone', total - undone,
-    'message', format('%s of %s changes of run %s put back; the others were changed since, are held, or were put back before',
-                      undone, total, run_id)
+    'message', format('%s of %s changes of run %s put back', undone, total, run_id)
+                 || case when undone < total then '; the others were changed since, are held, or were put back before' else '' end
                  || coalesce('; refused: ' || refusal, ''));
 end
 $$;

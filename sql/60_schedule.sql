@@ -75,10 +75,10 @@ create or replace procedure level_sync.purge()
   language plpgsql
 as $$
 declare
-  outer_path            constant text    := pg_catalog.current_setting('search_path');
-  is_inside_transaction constant boolean :=
-    pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
+  outer_path            constant text := pg_catalog.current_setting('search_path');
+  is_inside_transaction boolean;
 begin
+  call level_sync._look_for_transaction(is_inside_transaction);
   call level_sync._begin_batch(is_inside_transaction);
   while level_sync._purge_batch() > 0 loop
     call level_sync._begin_batch(is_inside_transaction);
@@ -108,7 +108,7 @@ declare
 begin
   field := lower(field);
   for position in 1 .. coalesce(cardinality(names), 0) loop
-    field := replace(field, names[position], (position - 1 + lowest)::text);
+    field := regexp_replace(field, '\m' || names[position] || '\M', (position - 1 + lowest)::text, 'g');
   end loop;
   foreach part in array string_to_array(field, ',') loop
     bounds := regexp_match(part, '^(?:\*|(\d{1,2})(?:-(\d{1,2}))?)(?:/(\d{1,2}))?$');
@@ -209,24 +209,12 @@ comment on function level_sync._is_run_missed(timestamptz) is
 create or replace procedure level_sync.maintain()
   language plpgsql
 as $$
-declare
-  outer_path            constant text    := pg_catalog.current_setting('search_path');
-  started_at            constant timestamptz := pg_catalog.clock_timestamp();
-  is_inside_transaction constant boolean :=
-    pg_catalog.transaction_timestamp() operator(pg_catalog.<>) pg_catalog.statement_timestamp();
 begin
-  -- The reconcile comes first: it drains too, and only the first CALL can tell that it may commit.
   if level_sync._is_run_missed(pg_catalog.clock_timestamp()) then
     call level_sync.reconcile(started_by => 'catch_up');
   end if;
-  call level_sync._begin_batch(is_inside_transaction);
-  while level_sync._drain_batch(started_at) > 0 loop
-    call level_sync._begin_batch(is_inside_transaction);
-  end loop;
-  while level_sync._purge_batch() > 0 loop
-    call level_sync._begin_batch(is_inside_transaction);
-  end loop;
-  perform set_config('search_path', outer_path, true);
+  call level_sync.drain_queue();
+  call level_sync.purge();
 end
 $$;
 

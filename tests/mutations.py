@@ -115,8 +115,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
     "a lock removed": [
         (r"\s+for (?:no key )?update\b[^\n;)]*", ""),
         (r"\n *lock table [^;]*;", ""),
-        (r"pg_try_advisory(?:_xact)?_lock\(level_sync\._run_lock\(\)\)", "true"),
-        (r"\n *perform pg_advisory_unlock\([^;]*;", ""),
+        (r"pg_try_advisory_xact_lock\(level_sync\._run_lock\(\)\)", "true"),
     ],
     "a lock that waits": [(r" (?:skip locked|nowait)\b", "")],
     "a greatest replaced": [(r"\bgreatest\(", "least("), (r"\bleast\(", "greatest(")],

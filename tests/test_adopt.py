@@ -341,6 +341,15 @@ def test_of_duplicates_the_highest_stays_then_the_latest_then_the_last_written(e
     assert after == {11: 0, 12: 0, 13: 0, 14: 0, 15: 1}
 
 
+def test_migrate_that_stops_half_way_tells_what_it_has_done_and_how_to_go_on(empty_database, old):
+    old.execute(ORPHANS + DUPLICATES)
+    stopped = run(empty_database, "migrate", "--quarantine-orphans")
+    assert stopped.exit_code == 1
+    assert "applied 2 orphan(s) moved to level_sync.quarantined_rows" in stopped.stdout
+    assert "stopped half way" in stopped.stderr
+    assert run(empty_database, "rollback", "--yes").exit_code == 0
+
+
 def test_rollback_leaves_schema_and_rows_as_they_were(empty_database, old):
     old.execute(DUPLICATES)
     old.execute(ORPHANS)
@@ -362,6 +371,18 @@ def test_rollback_brings_rows_back_though_migrate_had_added_columns(empty_databa
     assert run(empty_database, "rollback", "--yes").exit_code == 0
     difference = "\n".join(unified_diff(before, dump(empty_database), n=0, lineterm=""))
     assert not difference, difference
+
+
+def test_rollback_keeps_an_added_column_that_has_values_and_says_so(empty_database, old):
+    old.execute("alter table specialization_progress drop column total_xp, drop column completed_projects")
+    assert run(empty_database, "migrate").exit_code == 0
+    old.execute("update specialization_progress set total_xp = 500")
+    done = run(empty_database, "rollback", "--yes")
+    assert done.exit_code == 0
+    assert "column total_xp of public.specialization_progress stays, because there are values in it" in done.stdout
+    assert old.execute("select distinct total_xp from specialization_progress").fetchall() == [(500,)]
+    with pytest.raises(psycopg.errors.UndefinedColumn):
+        old.execute("select completed_projects from specialization_progress")
 
 
 def test_rollback_stops_where_a_row_cannot_come_back_and_loses_nothing(empty_database, old):

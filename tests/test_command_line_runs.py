@@ -105,12 +105,23 @@ def test_partial_and_failed_runs_end_with_1(database, broken):
 
 
 @pytest.mark.leftovers
+def test_run_says_what_it_has_left_to_the_queue_and_a_dry_run_how_to_apply_it(database, broken):
+    user_trigger(broken, "before update on user_licenses", "if new.user_id = 2 then raise 'no'; end if")
+    assert "level-sync reconcile --plan 1\n" in run(database, "reconcile", "--dry-run").stdout
+    done = run(database, "reconcile")
+    assert "1 pair(s) failed, 0 are left to their queue entries. See level-sync queue." in done.stdout
+    done = run(database, "reconcile")
+    assert done.exit_code == 0
+    assert "0 pair(s) failed, 1 are left to their queue entries. See level-sync queue." in done.stdout
+
+
+@pytest.mark.leftovers
 def test_undo_says_what_it_put_back(database, broken):
     run(database, "reconcile")
     done = run(database, "undo", "1")
     assert (done.exit_code, done.stdout) == (
         0,
-        "3 of 3 changes of run 1 put back; the others were changed since, are held, or were put back before\n",
+        "3 of 3 changes of run 1 put back\n",
     )
     assert levels(broken, 1) == (6, 3)
     assert json.loads(run(database, "undo", "1", "--json").stdout)["undone"] == 0

@@ -224,8 +224,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            # Not prepared: a procedure that is sent as plain text, as by cron, commits batch by batch.
-            with closing(psycopg.connect(self.dsn, autocommit=True, prepare_threshold=None)) as db:
+            with closing(psycopg.connect(self.dsn, autocommit=True)) as db:
                 self.pid = db.info.backend_pid
                 while True:
                     self.activity(self.dsn, db)

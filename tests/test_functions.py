@@ -24,6 +24,7 @@ from academy import (
     levels,
     queued,
     set_level,
+    user_trigger,
 )
 
 UPDATE = "select level_sync.update_progress(%s, %s, %s, %s, %s)"
@@ -264,6 +265,46 @@ def test_a_total_too_large_to_count_is_an_error_and_nothing_is_written(db):
         assert everything(db) == before
 
 
+def test_a_mistake_corrected_below_zero_tells_totals_also_where_the_columns_are_empty(db):
+    add_pair(db, 1)
+    db.execute("alter table specialization_progress alter column total_xp drop not null")
+    db.execute("update specialization_progress set total_xp = null")
+    with pytest.raises(psycopg.errors.CheckViolation) as refusal:
+        update_progress(db, 1, xp=-5)
+    assert refusal.value.diag.message_hint == "They have XP 0, sessions 0, projects 0 now."
+
+
+@pytest.mark.parametrize("event", ["insert", "update"])
+def test_progress_that_a_trigger_drops_is_an_error(db, event):
+    if event == "update":
+        add_pair(db, 1)
+    else:
+        db.execute("insert into users (id) values (1)")
+    user_trigger(db, f"before {event} on specialization_progress", "return null")
+    with pytest.raises(
+        psycopg.errors.ObjectNotInPrerequisiteState, match="a trigger of specialization_progress dropped"
+    ):
+        update_progress(db, 1, xp=1)
+
+
+def test_what_a_trigger_makes_of_the_new_totals_is_what_is_told(db):
+    add_pair(db, 1, level=1)
+    user_trigger(db, "before update on specialization_progress", "new.current_level := 3; new.total_xp := 7")
+    answer = update_progress(db, 1, xp=1)
+    assert (answer["new_level"], answer["total_xp"], answer["leveled_up"]) == (3, 7, True)
+    assert levels(db, 1) == (3, 3)
+
+
+@pytest.mark.parametrize(("body", "level"), [("return null", 1), ("new.current_level := 3", 3)])
+def test_license_that_a_trigger_keeps_from_its_level_has_not_advanced(db, body, level):
+    add_pair(db, 1, level=1)
+    user_trigger(db, "before update on user_licenses", body)
+    answer = advance(db, 1, 5)
+    assert (answer["success"], answer["old_level"], answer["new_level"]) == (False, 1, level)
+    assert "a trigger of user_licenses changed or dropped the write" in answer["message"]
+    assert levels(db, 1) == (level, level)
+
+
 # sync_result
 
 
@@ -300,6 +341,16 @@ def test_sync_result_is_queued_where_the_progress_side_fails(db):
     answer = advance(db, 1, 4)
     assert (answer["success"], answer["sync_result"]["action"]) == (True, "queued")
     assert levels(db, 1) == (1, 4)
+
+
+@pytest.mark.leftovers
+def test_sync_result_of_a_pair_that_differed_before_says_so_and_names_no_queue(db):
+    add_pair(db, 1, level=3)
+    bypass(db, "update user_licenses set current_level = 2")
+    result = update_progress(db, 1, xp=0)["sync_result"]
+    assert (result["success"], result["action"], result["old_level"], result["new_level"]) == (False, "none", 2, 2)
+    assert "level_sync.desync_issues" in result["message"]
+    assert queued(db) == []
 
 
 def test_sync_result_is_at_commit_in_bulk(db):
@@ -616,6 +667,22 @@ def test_sync_user_is_no_success_where_one_pair_failed(db):
     assert (answer["success"], answer["updated"], answer["none"]) == (False, 1, 1)
     assert levels(db, 1) == (5, 5)
     call(db, "select level_sync.sync_user(1, 'license_to_progress')")
+
+
+def test_sync_user_gives_up_sooner_than_a_deadlock_is_looked_for(database, db):
+    """Else an application that holds some rows of the user and wants others might be the one that fails."""
+    for specialization in ("COACH", "INTERNSHIP", "PLAYER"):
+        add_pair(db, 1, specialization, 2)
+        bypass(db, "update specialization_progress set current_level = 3")
+    application = database.connect(autocommit=False)
+    application.execute("update specialization_progress set total_xp = 1 where specialization_id <> 'COACH'")
+    application.execute("update user_licenses set started_at = now() where specialization_type <> 'COACH'")
+    before = time.monotonic()
+    answer = call(db, "select level_sync.sync_user(1)")
+    assert time.monotonic() - before < 1  # second, as deadlock_timeout
+    assert [pair["success"] for pair in answer["pairs"]] == [True, False, False]
+    application.rollback()
+    assert call(db, "select level_sync.sync_user(1)")["success"]
 
 
 def test_sync_user_without_any_pair_is_a_success_of_nothing(db, users):

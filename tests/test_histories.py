@@ -150,8 +150,7 @@ def over_and_over(connection: psycopg.Connection[Any], statement: str, until: fl
 
 @pytest.mark.parametrize("inline_limit", [32, 0])
 def test_no_acknowledged_write_is_lost_on_hot_pairs(database, request, record_property, progress, inline_limit):
-    # Not prepared: a procedure that is sent as plain text, as by cron, commits batch by batch.
-    db, *others = [database.connect(prepare_threshold=None) for _ in range(3)]
+    db, *others = [database.connect() for _ in range(3)]
     configure(db, inline_limit=inline_limit, on_delete="propagate", retry_backoff="1 second")
     add_pairs(db, PAIRS)
     repeatable = RepeatableReadClient(database.connect(), CLIENTS)

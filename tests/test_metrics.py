@@ -323,7 +323,7 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     done = run("metrics")
     assert done.exit_code == 1
-    assert "pip install 'level-sync[metrics]'" in done.stderr
+    assert "pip install '.[metrics]'" in done.stderr
 
 
 @contextmanager

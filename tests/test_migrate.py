@@ -335,6 +335,19 @@ def test_every_function_and_trigger_is_documented(migrated):
     assert triggers == []
 
 
+@pytest.mark.parametrize("command", ["migrate", "rollback"])
+def test_stranger_is_told_whose_level_sync_it_is(server, database, db, command):
+    role = f"stranger_in_{database.name}"
+    db.execute(f"create role {role} login")
+    try:
+        with pytest.raises(
+            install.MigrateError, match=f"belongs to postgres, and {role} may not change it: run this as"
+        ):
+            getattr(install, command)(f"{database.dsn} user={role}")
+    finally:
+        db.execute(f"drop role {role}")
+
+
 def test_migrate_needs_no_superuser(server, empty_database):
     role = f"owner_of_{empty_database.name}"
     admin = empty_database.connect()

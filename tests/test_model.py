@@ -1065,9 +1065,8 @@ class Academy(RuleBasedStateMachine):
             self.undo_the_last_run()
 
     def call_reconcile(self, **arguments: Any) -> None:
-        """As plain text, so that it commits as it does for psql and pg_cron."""
         named = ", ".join(f"{name} => %s" for name in arguments)
-        psycopg.ClientCursor(self.db).execute(f"call level_sync.reconcile({named})", list(arguments.values()))
+        self.db.execute(f"call level_sync.reconcile({named})", list(arguments.values()))
 
     def repair(self, run: Run, different: dict[Pair, Levels], policy: str) -> None:
         for pair, levels in different.items():

@@ -23,6 +23,9 @@ MEANT_SO = {
     "update_progress": WRITTEN_AS_TEXT,
     "advance_license": WRITTEN_AS_TEXT,
     "_put_back": WRITTEN_AS_TEXT,
+    # They try what is refused, to hear how.
+    "_refusal_to_commit": "invalid transaction termination",
+    "_look_for_transaction": "cannot commit while a subtransaction is active",
     # pg_cron lives in another database here; these look before they touch it.
     "_purge_batch": 'relation "cron.job_run_details" does not exist',
     "schedule": 'schema "cron" does not exist',

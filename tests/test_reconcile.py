@@ -36,8 +36,7 @@ DIRECTION = {PROGRESS: "progress_to_license", LICENSE: "license_to_progress"}
 def reconcile(db, **arguments):
     """Calls it with named arguments and returns the row of sync_log as a dict."""
     given = ", ".join(f"{name} => %s" for name in arguments)
-    with psycopg.ClientCursor(db) as cursor:
-        cursor.execute(f"call level_sync.reconcile({given})", list(arguments.values()))
+    db.execute(f"call level_sync.reconcile({given})", list(arguments.values()))
     return last_run(db)
 
 
@@ -450,13 +449,36 @@ def test_inside_a_transaction_it_is_one_transaction(broken):
 
 
 @pytest.mark.leftovers
-def test_inside_a_function_it_is_refused_before_anything_happens(broken):
+@pytest.mark.parametrize("procedure", ["reconcile", "drain_queue", "purge", "maintain"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "call level_sync.{}(); select 1 / 0",  # one string, one transaction
+        "do $$ begin call level_sync.{}(); raise division_by_zero; exception when division_by_zero then raise; end $$",
+        "select call_it('{}')",
+    ],
+)
+def test_where_somebody_else_has_begun_the_transaction_it_is_part_of_it(broken, procedure, statement):
+    """Nothing tells a procedure, least of all the time, when the transaction began with the same message."""
     broken.execute(
-        "create function call_it() returns void language plpgsql as $$ begin call level_sync.reconcile(); end $$"
+        "create function call_it(name text) returns void language plpgsql as $$ begin"
+        "  execute format('call level_sync.%I()', name); perform 1 / 0; end $$"
     )
-    with pytest.raises(psycopg.errors.InvalidTransactionTermination):
-        broken.execute("select call_it()")
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        broken.execute(statement.format(procedure))
+    assert levels(broken, 1) == (6, 3)
     assert broken.execute("select count(*) from level_sync.sync_log").fetchone() == (0,)
+    assert broken.execute("select count(*) from pg_locks where locktype = 'advisory'").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("prepare", [False, True], ids=["parsed each time", "prepared"])
+def test_arguments_bound_on_the_server_leave_it_free_to_commit(broken, prepare):
+    configure(broken, batch_size=1)
+    broken.execute("call level_sync.reconcile(direction => %s)", ["progress_to_license"], prepare=prepare)
+    repaired = last_run(broken)["synced_count"]
+    assert repaired > 1
+    transactions = "select count(distinct transaction_id) from level_sync.sync_events where run_id is not null"
+    assert broken.execute(transactions).fetchone() == (repaired,)
 
 
 def test_batches_are_committed_one_by_one(database, db):

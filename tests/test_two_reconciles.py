@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -125,6 +126,68 @@ def test_run_cancelled_says_aborted_at_once_and_raises(database, broken):
     assert (row["status"], row["synced_count"]) == ("aborted", 30)
     assert "canceling statement due to user request (SQLSTATE 57014)" in row["error"]
     broken.execute("call level_sync.reconcile()")
+
+
+@pytest.mark.leftovers
+def test_cancel_while_a_run_pauses_before_it_tries_again_ends_it_as_any_other(database, broken):
+    holder = database.connect(autocommit=False)
+    holder.execute("lock table level_sync.sync_queue in access exclusive mode")  # waited for 100 ms, three times
+    broken.execute("set statement_timeout = '150ms'")  # in the pause after the first time
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        broken.execute("call level_sync.reconcile()")
+    holder.rollback()
+    assert last_run(broken)["status"] == "aborted"
+
+
+def test_run_that_is_between_two_transactions_is_at_work_all_the_same(broken):
+    """It lets go of its lock there. The one that comes sees its row, and then its lock when it looks the third time."""
+    broken.execute("insert into level_sync.sync_log (dry_run, started_by) values (false, 'cron')")
+    broken.execute("create sequence looks")
+    broken.execute(
+        "create or replace function level_sync._is_run_active() returns boolean language sql volatile"
+        " as $$ select nextval('public.looks') = 3 $$"
+    )
+    broken.execute("call level_sync.reconcile()")
+    statuses = "select status from level_sync.sync_log order by run_id"
+    assert broken.execute(statuses).fetchall() == [("running",), ("skipped",)]
+    broken.execute("call level_sync.reconcile()")  # and now never again
+    assert broken.execute(statuses).fetchall() == [("aborted",), ("skipped",), ("success",)]
+
+
+@pytest.mark.leftovers
+def test_run_that_has_lost_its_lock_to_another_ends(database, broken):
+    wait_in_log = "perform set_config('lock_timeout', '0', true), pg_advisory_xact_lock(36)"
+    user_trigger(broken, "after insert on level_sync.sync_log", wait_in_log, name="of_the_log")
+    gate, runner, other = (database.connect() for _ in range(3))
+    gate.execute("select pg_advisory_lock(36)")
+    waiting = "(select count(*) from pg_locks where locktype = 'advisory' and not granted) = {}"
+    with ThreadPoolExecutor() as executor:
+        run = executor.submit(runner.execute, "call level_sync.reconcile()")
+        wait_for(broken, waiting.format(1))
+        taken = executor.submit(other.execute, "select pg_advisory_lock(level_sync._run_lock())")
+        wait_for(broken, waiting.format(2))
+        gate.execute("select pg_advisory_unlock(36)")
+        taken.result(PATIENCE)
+        run.result(PATIENCE)
+    row = last_run(broken)
+    assert (row["status"], row["error"]) == ("failed", "another run has begun (SQLSTATE 55P03)")
+    assert levels(broken, 60) == (5, 3)
+
+
+@pytest.mark.leftovers
+def test_plan_applied_a_second_time_counts_only_what_was_left_of_it(database, broken):
+    broken.execute("call level_sync.reconcile(dry_run => true)")
+    drop_user_trigger(broken)
+    cancelled = "if new.user_id = 35 then raise query_canceled; end if"
+    user_trigger(broken, "before update on user_licenses", cancelled)
+
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        broken.execute("call level_sync.reconcile(plan => 1)")
+    drop_user_trigger(broken)
+    broken.execute("call level_sync.reconcile(plan => 1)")
+    counts = "select issues_found, synced_count, status from level_sync.sync_log where run_id > 1 order by run_id"
+    assert broken.execute(counts).fetchall() == [(60, 30, "aborted"), (30, 30, "success")]
+    assert broken.execute("select level_sync.undo(3) ->> 'undone'").fetchone() == ("30",)
 
 
 def test_cancel_that_comes_as_two_signals_is_one_cancel(database, broken):

@@ -20,6 +20,7 @@ from academy import (
     level,
     levels,
     set_level,
+    user_trigger,
 )
 
 pytestmark = pytest.mark.leftovers  # what is put back differs again
@@ -27,8 +28,7 @@ pytestmark = pytest.mark.leftovers  # what is put back differs again
 
 def repair(db, direction: str | None = None) -> int:
     """Runs the reconcile and returns its run_id."""
-    with psycopg.ClientCursor(db) as cursor:
-        cursor.execute("call level_sync.reconcile(direction => %s)", [direction])
+    db.execute("call level_sync.reconcile(direction => %s)", [direction])
     return last_run(db)["run_id"]
 
 
@@ -161,3 +161,13 @@ def test_large_run_is_undone_as_a_whole_beside_on_delete_and_inline_limit(db):
     # max_achieved_level and last_advanced_at keep what the run had reached: that is never taken back.
     assert [row[:3] for row in after[1]] == [row[:3] for row in before[1]]
     assert db.execute("select * from level_sync.sync_queue").fetchall() == []
+
+
+def test_pair_that_an_assertion_of_a_trigger_refuses_is_the_only_one_left_alone(db):
+    add_pairs(db, 3)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5")
+    run_id = repair(db)
+    user_trigger(db, "before update on user_licenses", "assert new.user_id <> 2, 'two stays'")
+    assert undo(db, run_id) == (2, 1)
+    assert [levels(db, user)[1] for user in (1, 2, 3)] == [3, 5, 3]

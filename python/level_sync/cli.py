@@ -205,10 +205,24 @@ def migrate(
     ] = False,
 ) -> None:
     """Install level_sync, or bring it up to date. Safe to run again, and beside live traffic."""
+    applied: list[str] = []
+
+    def report(what: str) -> None:
+        applied.append(what)
+        console.print(f"applied {what}")
+
     with _plain_errors():
-        applied = install.migrate(dsn, quarantine_orphans=quarantine_orphans, merge_duplicates=merge_duplicates)
-        for migration in applied:
-            console.print(f"applied {migration}")
+        try:
+            install.migrate(
+                dsn, quarantine_orphans=quarantine_orphans, merge_duplicates=merge_duplicates, report=report
+            )
+        except (psycopg.Error, install.MigrateError):
+            if applied:
+                error_console.print(
+                    "It stopped half way. What is applied stays: remove the cause and migrate again, "
+                    "or take it back with level-sync rollback."
+                )
+            raise
         console.print("Up to date: tables, triggers, functions and views are those of this version.")
 
 
@@ -228,14 +242,13 @@ def rollback(
     dsn: Dsn = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove everything of level_sync, its log included. The application's tables and rows stay as they are."""
+    """Remove everything of level_sync, its log included. The application's tables and rows stay."""
     if not yes:
         typer.confirm("Remove the schema level_sync with its log, events and queue?", abort=True)
     with _plain_errors():
-        undone = install.rollback(dsn)
-        for migration in undone:
-            console.print(f"rolled back {migration}")
-        console.print("level_sync is gone; specialization_progress and user_licenses are as they were.")
+        for done in install.rollback(dsn):
+            console.print(done, highlight=False, markup=False)
+        console.print("level_sync is gone; specialization_progress and user_licenses stay, with all their rows.")
 
 
 @app.command()
@@ -325,8 +338,7 @@ def reconcile(
 
     Exit code: 0 done, 1 failed or partial, 3 needs approval, 4 skipped because another run is at work.
     """
-    # Only a statement sent as text, without a parse of its own, lets the procedure see that it may commit.
-    with _plain_errors(), connect(dsn, cursor_factory=psycopg.ClientCursor) as connection:
+    with _plain_errors(), connect(dsn) as connection:
         with _progress_of_run(connection), _ctrl_c_cancels(connection):
             queries.reconcile(connection, dry_run=dry_run, direction=direction, plan=plan, approve=approve)
         run: dict[str, Any] = queries.own_last_run(connection)
@@ -336,6 +348,14 @@ def reconcile(
         _print_rows("run", [{"what": key, "value": value} for key, value in run.items() if key != "results"], False, "")
         if run["status"] == "needs_approval":
             console.print(f"Look at level_sync.sync_plan, then: level-sync reconcile --plan {run['run_id']} --approve")
+        elif run["dry_run"] and run["issues_found"]:
+            console.print(f"Look at level_sync.sync_plan, then: level-sync reconcile --plan {run['run_id']}")
+        left = run["results"].get("outcomes", {}) if run["results"] else {}
+        if left.get("queued") or left.get("failed"):
+            console.print(
+                f"{left.get('failed', 0)} pair(s) failed, {left.get('queued', 0)} are left to their queue entries. "
+                "See level-sync queue. The drain tries them again; dead ones wait for level_sync.requeue()."
+            )
     codes = {"success": 0, "needs_approval": NEEDS_APPROVAL, "skipped": SKIPPED}
     raise typer.Exit(codes.get(run["status"], RUN_FAILED))
 
@@ -430,7 +450,7 @@ def _extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        error_console.print(f"{error.name} is not installed: pip install 'level-sync[{name}]'", markup=False)
+        error_console.print(f"{error.name} is not installed: pip install '.[{name}]'", markup=False)
         raise typer.Exit(1) from error
 
 

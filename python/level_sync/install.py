@@ -98,6 +98,8 @@ def _locked_backend(dsn: str) -> Iterator[LevelSyncBackend]:
     try:
         with LevelSyncBackend(uri, yoyo.default_migration_table) as backend:
             backend.init_database()
+            if refusal := queries.refusal_of_our_schema(backend.connection):
+                raise MigrateError(refusal)
             with backend.lock():
                 yield backend
     except LockTimeout as error:
@@ -173,14 +175,27 @@ def restore(dsn: str) -> dict[str, Any]:
     return outcome
 
 
-def migrate(dsn: str, *, quarantine_orphans: bool = False, merge_duplicates: bool = False) -> list[str]:
+def migrate(
+    dsn: str,
+    *,
+    quarantine_orphans: bool = False,
+    merge_duplicates: bool = False,
+    report: Callable[[str], None] = lambda _: None,
+) -> list[str]:
     """Brings the database up to date and returns the ids of the migrations that were applied.
+
+    Each of them is also given to report as soon as it stands, since it stays where a later one fails.
 
     Idempotent, and safe to run again after it was killed. Raises MigrateError where another migrate is at work or the
     tables stay locked, and psycopg.Error where a statement fails, or where orphans or duplicates stand in the tables
     and no leave is given to move them aside.
     """
     applied: list[str] = []
+
+    def tell(what: str) -> None:
+        applied.append(what)
+        report(what)
+
     stray = {ORPHANS_GO_BEFORE: ("orphan", quarantine_orphans), DUPLICATES_GO_BEFORE: ("duplicate", merge_duplicates)}
     with _locked_backend(dsn) as backend:
         migrations = yoyo.read_migrations(str(shipped("migrations")))
@@ -189,18 +204,18 @@ def migrate(dsn: str, *, quarantine_orphans: bool = False, merge_duplicates: boo
                 why, set_aside = stray[migration.id]
                 moved = _clear_the_way(backend.connection, why, set_aside=set_aside)
                 if moved:
-                    applied.append(f"{moved} {why}(s) moved to level_sync.quarantined_rows")
+                    tell(f"{moved} {why}(s) moved to level_sync.quarantined_rows")
             _patiently(lambda migration=migration: backend.apply_one(migration))  # type: ignore[misc]
-            applied.append(migration.id)
+            tell(migration.id)
         _patiently(lambda: backend.run_post_apply(migrations))
     return applied
 
 
 def rollback(dsn: str) -> list[str]:
-    """Removes everything of level_sync and returns the ids of the migrations that were rolled back.
+    """Removes everything of level_sync and returns what it did: the migrations rolled back, and what had to stay.
 
-    The application's tables and rows stay, and what migrate changed on tables it did not create is put back.
-    Raises as migrate does.
+    The application's tables and rows stay, and what migrate changed on tables it did not create is put back; a column
+    that it added stays where there are values in it. Raises as migrate does.
     """
     undone: list[str] = []
     try:
@@ -215,8 +230,16 @@ def rollback(dsn: str) -> list[str]:
         # First, so that no write meets a trigger whose functions or tables are already gone.
         if queries.has_remove_triggers(backend.connection):
             _patiently(lambda: queries.remove_triggers(backend.connection))
+        stays: list[str] = []
+
+        def listen(notice: psycopg.errors.Diagnostic) -> None:
+            if notice.severity_nonlocalized == "WARNING":
+                stays.append(str(notice.message_primary))
+
+        backend.connection.add_notice_handler(listen)
         for migration in backend.to_rollback(yoyo.read_migrations(str(shipped("migrations")))):
+            stays.clear()
             _patiently(lambda migration=migration: backend.rollback_one(migration))  # type: ignore[misc]
-            undone.append(migration.id)
+            undone += [f"rolled back {migration.id}", *dict.fromkeys(stays)]
         queries.drop_schema(backend.connection)
     return undone

