@@ -246,8 +246,8 @@ def rollback(
     if not yes:
         typer.confirm("Remove the schema level_sync with its log, events and queue?", abort=True)
     with _plain_errors():
-        for done in install.rollback(dsn):
-            console.print(done, highlight=False, markup=False)
+        for migration in install.rollback(dsn):
+            console.print(f"rolled back {migration}")
         console.print("level_sync is gone; specialization_progress and user_licenses stay, with all their rows.")
 
 

@@ -51,6 +51,11 @@ def load_code(connection: psycopg.Connection[Any]) -> None:
             connection.execute(file.read_bytes())
 
 
+def _log_warning(notice: psycopg.errors.Diagnostic) -> None:
+    if notice.severity_nonlocalized == "WARNING":
+        logger.warning("%s", notice.message_primary)
+
+
 class LevelSyncBackend(PostgresqlPsycopgBackend):  # type: ignore[misc]
     """yoyo's psycopg 3 backend (`postgresql+psycopg://`) with its bookkeeping in schema level_sync.
 
@@ -63,6 +68,7 @@ class LevelSyncBackend(PostgresqlPsycopgBackend):  # type: ignore[misc]
         # An empty name would be taken for the user's name; without one libpq reads PGDATABASE.
         connection: psycopg.Connection[Any] = super().connect(dburi._replace(database=dburi.database or None))
         queries.limit_lock_wait(connection, lock_timeout=LOCK_TIMEOUT)
+        connection.add_notice_handler(_log_warning)
         return connection
 
     def init_connection(self, connection: psycopg.Connection[Any]) -> None:
@@ -212,10 +218,10 @@ def migrate(
 
 
 def rollback(dsn: str) -> list[str]:
-    """Removes everything of level_sync and returns what it did: the migrations rolled back, and what had to stay.
+    """Removes everything of level_sync and returns the ids of the migrations that were rolled back.
 
     The application's tables and rows stay, and what migrate changed on tables it did not create is put back; a column
-    that it added stays where there are values in it. Raises as migrate does.
+    that it added stays where there are values in it, with a warning in the log. Raises as migrate does.
     """
     undone: list[str] = []
     try:
@@ -230,16 +236,8 @@ def rollback(dsn: str) -> list[str]:
         # First, so that no write meets a trigger whose functions or tables are already gone.
         if queries.has_remove_triggers(backend.connection):
             _patiently(lambda: queries.remove_triggers(backend.connection))
-        stays: list[str] = []
-
-        def listen(notice: psycopg.errors.Diagnostic) -> None:
-            if notice.severity_nonlocalized == "WARNING":
-                stays.append(str(notice.message_primary))
-
-        backend.connection.add_notice_handler(listen)
         for migration in backend.to_rollback(yoyo.read_migrations(str(shipped("migrations")))):
-            stays.clear()
             _patiently(lambda migration=migration: backend.rollback_one(migration))  # type: ignore[misc]
-            undone += [f"rolled back {migration.id}", *dict.fromkeys(stays)]
+            undone.append(migration.id)
         queries.drop_schema(backend.connection)
     return undone
