@@ -235,6 +235,12 @@ def database(server: Server, request: pytest.FixtureRequest) -> Iterator[Databas
 
 
 @pytest.fixture
+def another_database(server: Server) -> Iterator[Database]:
+    """A second migrated database beside the test's own, a copy of the same template."""
+    yield from _clone(server, TEMPLATE)
+
+
+@pytest.fixture
 def empty_database(server: Server) -> Iterator[Database]:
     """An empty database of this test's own."""
     yield from _clone(server, None)

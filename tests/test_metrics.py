@@ -29,7 +29,7 @@ from level_sync import cli, metrics
 from level_sync import verify as verification
 from level_sync.install import shipped
 from level_sync.metrics import LevelSyncCollector, registry_of
-from level_sync.scan import Reader, Scanning
+from level_sync.scan import CONNECT_TIMEOUT, Reader, Scanning, connect_timeout
 
 __all__ = ["private_server"]  # a fixture
 
@@ -310,7 +310,25 @@ def test_a_folder_that_is_not_there_is_a_plain_error(database, tmp_path):
     assert "No such file or directory" in done.stderr
 
 
-@pytest.mark.parametrize("listen", ["9930", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:99999", ":9930", "127.0.0.1:http"])
+@pytest.mark.parametrize("dsn", ["host=a,b,c", "hostaddr=10.0.0.1,10.0.0.2,10.0.0.3", "postgresql://a,b,c/academy"])
+def test_several_hosts_that_do_not_answer_share_the_time_that_one_has(dsn):
+    assert connect_timeout(dsn) == "2"  # together 6 seconds, and Prometheus waits for 10
+    assert connect_timeout("host=a") == str(CONNECT_TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        "9930",
+        "127.0.0.1:",
+        "127.0.0.1:0",
+        "127.0.0.1:99999",
+        ":9930",
+        "127.0.0.1:http",
+        "a..b:9930",
+        f"{'x' * 64}:9930",
+    ],
+)
 def test_an_address_that_is_none_is_refused(listen):
     done = run("exporter", "--listen", listen)
     assert done.exit_code == 2

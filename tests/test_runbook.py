@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,6 +169,30 @@ def locked(operator, db):
     operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
     blocker = operator.database.connect(autocommit=False)
     blocker.execute("lock table level_sync.sync_log in access exclusive mode")
+    operator.reads = "lock timeout"
+
+
+def application_locked(operator, db):
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    blocker = operator.database.connect(autocommit=False)
+    blocker.execute(f"lock table {LICENSE} in access exclusive mode")
+    operator.reads = "lock timeout"
+
+
+def everybody_waits_behind_one_who_waits(operator, db):
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    reader = operator.database.connect(autocommit=False)
+    reader.execute("select from level_sync.sync_log")
+    waiting = operator.database.connect(autocommit=False)
+
+    def wait() -> None:
+        with suppress(psycopg.errors.AdminShutdown):
+            waiting.execute("lock table level_sync.sync_log in access exclusive mode")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    operator.goes_home = thread.join
+    wait_until(lambda: db.execute("select from pg_locks where not granted").fetchall())
     operator.reads = "lock timeout"
 
 
@@ -420,7 +446,13 @@ def test_every_check_of_verify_is_in_a_section(database):
 # What is broken, and which of the things to do it then takes.
 BREAKS = {
     "LevelSyncExporterDown": [(exporter_down, [0])],
-    "LevelSyncDatabaseUnreachable": [(database_unreachable, [1]), (not_installed, [2]), (locked, [3])],
+    "LevelSyncDatabaseUnreachable": [
+        (database_unreachable, [1]),
+        (not_installed, [2]),
+        (locked, [3]),
+        (application_locked, [3]),
+        (everybody_waits_behind_one_who_waits, [3]),
+    ],
     "LevelSyncRunFailed": [(run_failed, [0])],
     "LevelSyncNeedsApproval": [(needs_approval, [0]), (needs_approval, [1])],
     "LevelSyncNoSuccess": [(no_success, [0])],
@@ -492,6 +524,17 @@ def test_its_steps_mend_what_it_is_about(operator, db, alert, breakage, numbers)
         remove_cause()
     do(operator, alert, numbers)
     wait_until(lambda: told_as_mended(operator, alert), seconds=operator.patience)
+
+
+@pytest.mark.parametrize(("alert", "number"), [("LevelSyncDatabaseUnreachable", 3), ("LevelSyncScanStale", 2)])
+def test_a_lock_in_another_database_of_the_server_is_left_alone(operator, db, another_database, alert, number):
+    """Which may be a copy: its tables have the same oids."""
+    other = another_database.connect(autocommit=False)
+    other.execute("lock table level_sync.sync_log, user_licenses in access exclusive mode")
+    same = "select 'level_sync.sync_log'::regclass::oid, 'user_licenses'::regclass::oid"
+    assert other.execute(same).fetchone() == db.execute(same).fetchone()
+    do(operator, alert, [number])
+    assert other.execute("select 1").fetchone() == (1,)
 
 
 def test_a_run_that_was_wrong_is_taken_back(operator, db):

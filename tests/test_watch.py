@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from email.utils import parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -135,6 +136,35 @@ def test_a_database_that_is_away_says_nothing_of_what_was_red_before():
     assert [names(message) for message in told] == [(["triggers"], []), (["connection"], []), ([], ["connection"])]
 
 
+def test_where_level_sync_is_gone_nothing_is_green_again(database, db):
+    add_pair(db, 1)
+    with bypass(db):
+        set_level(db, PROGRESS, 1, 5)
+    told: list[Message] = []
+    with watching(database.dsn, told):
+        wait_until(lambda: told)
+        db.execute("alter schema level_sync rename to gone")
+        wait_until(lambda: len(told) == 2)
+        db.execute("alter schema gone rename to level_sync")
+        wait_until(lambda: len(told) == 3)
+    assert "desync" in names(told[0])[0]
+    assert [names(message) for message in told[1:]] == [(["installation"], []), ([], ["installation"])]
+
+
+def test_what_is_hidden_behind_a_check_that_could_not_be_made_is_not_green_again():
+    told: list[Message] = []
+    watch = new_watch(told)
+    job = Check("schedule: level_sync_reconcile", False, "there is no such job", "")
+    for checks in ([job], [Check("schedule", None, "not checked", "")], [job], []):
+        watch.judge(checks)
+    assert [names(message) for message in told] == [
+        ([job.name], []),
+        (["schedule"], []),
+        ([], ["schedule"]),
+        ([], [job.name]),
+    ]
+
+
 def test_a_restart_with_a_state_file_does_not_tell_it_again(tmp_path):
     told: list[Message] = []
     state = tmp_path / "red.json"
@@ -216,12 +246,15 @@ def test_a_webhook_that_did_not_take_the_message_gets_it_again_and_the_others_ar
     [
         *(
             ["--webhook", url]
-            for url in ("hooks.example.org/SECRET", "file:///etc/hostname", "http:///x", "http://h/a b")
+            for url in (
+                *("hooks.example.org/SECRET", "file:///etc/hostname", "http:///x", "http://h/a b"),
+                *("http://[::1/SECRET", "http://me:SECRET@h/", "http://h:99999/SECRET", "http://h:0/"),
+            )
         ),
         *(["--email", address] for address in ("nobody", "a@example.org\nBcc: b@example.org", "")),
         *(
             ["--email", "a@example.org", "--smtp", server]
-            for server in ("host:abc", "", "::1", "me:secret@host", "h/x")
+            for server in ("host:abc", "", "::1", "[::1", "me:secret@host", "h/x")
         ),
     ],
 )
@@ -345,6 +378,26 @@ def test_a_secret_of_the_dsn_is_in_no_message():
     assert "hunter2" not in str(told)
 
 
+def test_a_mail_that_was_taken_is_sent_whatever_the_server_says_to_goodbye(mailbox, monkeypatch):
+    box, port = mailbox
+    answer = smtplib.SMTP.docmd
+    monkeypatch.setattr(
+        smtplib.SMTP,
+        "docmd",
+        lambda self, cmd, *rest: (421, b"busy") if cmd.upper() == "QUIT" else answer(self, cmd, *rest),
+    )
+    watch = Watch("", [by_email("a@example.org", "b@example.org", f"127.0.0.1:{port}")], interval=60, patience=30)
+    watch.judge([BAD])
+    assert (len(box.messages), watch.unsent) == (1, [])
+
+
+def test_the_address_of_a_webhook_may_be_given_where_nobody_sees_it(monkeypatch):
+    with hook() as (url, received):
+        monkeypatch.setenv("WATCH_WEBHOOK", url)
+        assert run("watch", "--say", "a test").exit_code == 0
+    assert [message["text"] for message in received] == ["a test\na test"]
+
+
 def test_a_name_with_line_breaks_cannot_forge_a_header(mailbox):
     box, port = mailbox
     by_email("on-call@example.org", "watch@example.org", f"127.0.0.1:{port}").send(
@@ -371,6 +424,8 @@ def test_mail_webhook_and_command_get_the_message(mailbox, tmp_path):
     assert sorted(mail["To"] for mail in box.messages) == ["boss@example.org", "on-call@example.org"]
     assert {mail["Subject"] for mail in box.messages} == {"level_sync in academy at db: RED triggers"}
     assert "license_level_changed is disabled" in box.messages[0].get_payload()
+    assert len({mail["Message-ID"] for mail in box.messages}) == 2
+    assert parsedate_to_datetime(box.messages[0]["Date"]).timestamp() == pytest.approx(time.time(), abs=60)
     assert received[0]["text"].startswith("level_sync in academy at db: RED triggers\n")
     assert received[0]["red"][0]["name"] == "triggers"
     assert json.loads((tmp_path / "message.json").read_text())["red"][0]["bit"] == 2
@@ -472,12 +527,13 @@ def test_while_it_is_away_the_log_says_so_once(monkeypatch, caplog):
     assert sum("no look at level_sync" in message for message in caplog.messages) == 1
 
 
-def test_it_tells_systemd_that_it_lives(database, db, monkeypatch, tmp_path):
+@pytest.mark.parametrize("interval", [0.2, 3600])
+def test_it_tells_systemd_that_it_lives(database, db, monkeypatch, tmp_path, interval):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(20)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        with watching(database.dsn, []):
+        with watching(database.dsn, [], interval=interval):
             said = [systemd.recv(100).decode() for _ in range(4)]
     assert said == ["READY=1\nWATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1"]
 
@@ -504,6 +560,14 @@ def test_the_command_watches_until_it_is_told_to_end(database, db, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_between_two_tries_to_connect_it_tells_systemd_too(monkeypatch):
+    stop = threading.Event()
+    waited: list[float] = []
+    monkeypatch.setattr(stop, "wait", lambda seconds: (waited.append(seconds), stop.set()))
+    Watch("host=/nowhere", [into([])], interval=86400, patience=86400).run(stop)
+    assert max(waited) <= 60  # WatchdogSec is 10 minutes
 
 
 def test_it_ends_when_told_although_a_check_and_a_command_hang(database, db, tmp_path):

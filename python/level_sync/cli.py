@@ -457,7 +457,11 @@ def _extra(name: str) -> Iterator[None]:
 def _address(listen: str) -> tuple[str, int]:
     """HOST:PORT, an IPv6 host in brackets."""
     host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    try:
+        is_sound = host.encode("idna") != b"" and port.isdecimal() and 0 < int(port) < 65536
+    except UnicodeError:  # a label of the host's name that is empty or longer than 63 characters
+        is_sound = False
+    if not is_sound:
         raise typer.BadParameter(f"{listen!r} is not HOST:PORT, for example 127.0.0.1:9930")
     return host.strip("[]"), int(port)
 
@@ -578,7 +582,14 @@ def watch(
         ),
     ] = "localhost",
     sender: Annotated[str, typer.Option("--from", help="Address the mail comes from.")] = "level-sync@localhost",
-    webhook: Annotated[list[str] | None, typer.Option("--webhook", help="URL to POST JSON to.")] = None,
+    webhook: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--webhook",
+            envvar="WATCH_WEBHOOK",
+            help="URL to POST JSON to; in the variable, others on this machine do not see it.",
+        ),
+    ] = None,
     command: Annotated[
         list[str] | None, typer.Option("--exec", help="Shell command that gets the message as JSON on standard input.")
     ] = None,

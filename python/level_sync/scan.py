@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 
 from level_sync import verify as verification
-from level_sync.database import connect, queries
+from level_sync.database import connect, queries, read_dsn
 
 # In seconds: until connected; for what a page or a scrape reads; for a look at every pair.
 CONNECT_TIMEOUT, READ_TIMEOUT, SCAN_TIMEOUT = 5, 5, 120
@@ -28,13 +28,20 @@ MENDED_BY_HAND = ("desync", "orphans")  # checks that only a scan makes, and tha
 log = logging.getLogger("level_sync")
 
 
+def connect_timeout(dsn: str) -> str:
+    """Seconds for each of the hosts that a dsn names: CONNECT_TIMEOUT shared out, but psycopg waits 2 at least."""
+    parts = read_dsn(dsn)
+    hosts = str(parts.get("host") or parts.get("hostaddr") or os.environ.get("PGHOST", ""))
+    return str(max(2, CONNECT_TIMEOUT // (hosts.count(",") + 1)))
+
+
 @contextmanager
 def short_connection(dsn: str, timeout: float) -> Iterator[psycopg.Connection[dict[str, Any]]]:
     """A connection whose statements take no longer than timeout seconds, whatever becomes of server and network.
 
     Raises psycopg.Error.
     """
-    with connect(dsn, connect_timeout=str(CONNECT_TIMEOUT)) as connection, cut_after(connection, timeout + 3):
+    with connect(dsn, connect_timeout=connect_timeout(dsn)) as connection, cut_after(connection, timeout + 3):
         queries.limit_waits(connection, statement_timeout=f"{timeout}s", lock_timeout=LOCK_TIMEOUT)
         yield connection
 

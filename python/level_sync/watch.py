@@ -15,9 +15,10 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from email.message import EmailMessage
+from email.utils import formatdate, make_msgid
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,12 +28,13 @@ import psycopg
 from level_sync import verify as verification
 from level_sync.database import connect, queries, read_dsn
 from level_sync.runbook import section_of
-from level_sync.scan import CONNECT_TIMEOUT, LOCK_TIMEOUT, SCAN_TIMEOUT, cut_after
+from level_sync.scan import CONNECT_TIMEOUT, LOCK_TIMEOUT, SCAN_TIMEOUT, connect_timeout, cut_after
 from level_sync.verify import Check
 
 SEND_TIMEOUT = 30  # seconds for one message, however many bytes come meanwhile
 PROMPT = 5  # seconds that every look may take, however little patience there is
 LONGEST_DETAIL = 1000  # characters of what a check has found
+LONGEST_PAUSE = 60  # seconds between two tries to connect: systemd is told that the watch lives each time
 SHORTEST_INTERVAL = 5  # seconds between two checks, however many runs end
 MESSAGES_KEPT = 100
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -93,11 +95,11 @@ def by_email(recipient: str, sender: str, server: str) -> Channel:
 
     Logs in as SMTP_USER with SMTP_PASSWORD where those are set; unencrypted only on this machine.
     """
-    parts = urlsplit(f"//{server}")
     try:
+        parts = urlsplit(f"//{server}")
         host, port = parts.hostname or "", parts.port or 25
     except ValueError:
-        host, port = "", 0
+        parts, host, port = urlsplit(""), "", 0
     if not host or parts.path or parts.username:
         raise ChannelError(f"{server!r} is not HOST or HOST:PORT of a mail server")
     for address in (recipient, sender):
@@ -107,8 +109,9 @@ def by_email(recipient: str, sender: str, server: str) -> Channel:
     def send(message: Message) -> None:
         mail = EmailMessage()
         mail["Subject"], mail["From"], mail["To"] = message.subject, sender, recipient
+        mail["Date"], mail["Message-ID"] = formatdate(localtime=True), make_msgid()
         mail.set_content(message.text)
-        with cut_off(SEND_TIMEOUT) as opened, _Mailing(opened, host, port) as smtp:
+        with cut_off(SEND_TIMEOUT) as opened, closing(_Mailing(opened, host, port)) as smtp:
             smtp.ehlo()
             is_safe = host in LOOPBACK
             if smtp.has_extn("starttls"):
@@ -123,6 +126,8 @@ def by_email(recipient: str, sender: str, server: str) -> Channel:
                     raise smtplib.SMTPException("the server offers no STARTTLS: the password is not sent unencrypted")
                 smtp.login(os.environ["SMTP_USER"], os.environ.get("SMTP_PASSWORD", ""))
             smtp.send_message(mail)
+            with suppress(smtplib.SMTPException, OSError):  # whatever it says now, it has taken the mail
+                smtp.quit()
 
     return Channel(f"mail to {recipient}", key_of("email", recipient, server), send)
 
@@ -159,9 +164,15 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def by_webhook(url: str) -> Channel:
     """POSTs the message as JSON; its `text` is what chat services show."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
-        raise ChannelError("a webhook is a URL that begins with http:// or https://, and has no space in it")
+    try:
+        parts = urlsplit(url)
+        is_sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # from its port, or from half a bracket
+        is_sound = False
+    if not is_sound or parts.username is not None or not url.isprintable() or " " in url:
+        raise ChannelError(
+            "a webhook is a URL that begins with http:// or https://, without a space, and without user and password"
+        )
 
     def send(message: Message) -> None:
         body = json.dumps({**asdict(message), "text": f"{message.subject}\n{message.text}"}).encode()
@@ -248,7 +259,8 @@ class Watch:
                             checks = verification.checks_of(connection, self.dsn)
                         limit = min(SCAN_TIMEOUT, max(PROMPT, self.patience, 2 * (time.monotonic() - began)))
                         away_since, told = None, ""
-                        self.judge(checks)
+                        is_complete = [check.name for check in checks] != ["installation"]
+                        self.judge(checks, is_complete=is_complete)
                         self._wait_for_a_run(connection, stop)
             except psycopg.Error as error:
                 away_since = away_since or began
@@ -262,11 +274,11 @@ class Watch:
                 if time.monotonic() - away_since >= self.patience:
                     hint = "Look whether the server runs, and whether this role may connect and is a reader."
                     self.judge([Check("connection", False, reason, hint)], is_complete=False)
-                stop.wait(min(self.interval, max(self.patience / 4, 0.2)))
+                stop.wait(min(self.interval, max(self.patience / 4, 0.2), LONGEST_PAUSE))
 
     @contextmanager
     def _listening(self) -> Iterator[psycopg.Connection[dict[str, Any]]]:
-        with connect(self.dsn, connect_timeout=str(CONNECT_TIMEOUT)) as connection:
+        with connect(self.dsn, connect_timeout=connect_timeout(self.dsn)) as connection:
             with cut_after(connection, CONNECT_TIMEOUT):
                 try:
                     queries.listen(connection)
@@ -280,6 +292,7 @@ class Watch:
         while not stop.is_set() and time.monotonic() < began + self.interval:
             if has_ended and time.monotonic() >= began + SHORTEST_INTERVAL:
                 return
+            tell_systemd("WATCHDOG=1")
             for _ in connection.notifies(timeout=min(1, self.interval), stop_after=1):
                 has_ended = True
 
@@ -287,12 +300,18 @@ class Watch:
         """Sends what has changed since the last time, once; an incomplete list says nothing of the others."""
         now_red = {check.name: check for check in checks if check.ok is not True}
         turned_red = [check for name, check in now_red.items() if name not in self.red]
-        # A check that is gone, such as one of a job that was removed, is not red any more.
-        turned_green = [check for name, check in self.red.items() if is_complete and name not in now_red]
+        # A check that is gone, such as one of a job that was removed, is not red any more. Where "schedule" as a whole
+        # could not be looked at, nothing is known of "schedule: a job".
+        unknown = {
+            name: check
+            for name, check in self.red.items()
+            if not is_complete or (name not in now_red and name.partition(":")[0] in now_red)
+        }
+        turned_green = [check for name, check in self.red.items() if name not in now_red and name not in unknown]
         if turned_red or turned_green:
             message = message_of(database_of(self.dsn), turned_red, turned_green)
             with self._is_changing:
-                self.red = {**({} if is_complete else self.red), **now_red}
+                self.red = {**unknown, **now_red}
                 self.unsent = [*self.unsent, *((key, message) for key in self.channels)][-MESSAGES_KEPT:]
                 self._keep()
         self.send()
