@@ -52,7 +52,7 @@ def load_code(connection: psycopg.Connection[Any]) -> None:
 
 
 def _log_warning(notice: psycopg.errors.Diagnostic) -> None:
-    if notice.severity_nonlocalized == "WARNING":
+    if notice.sqlstate == "01000":  # what a migration raises, and none of PostgreSQL's own
         logger.warning("%s", notice.message_primary)
 
 
