@@ -581,3 +581,15 @@ def test_a_range_ends_where_one_side_has_enough_although_the_other_ended_before(
         db.execute(f"delete from {table} where {KEY[table][0]} between 501 and 9000")  # Statistics do not know of it.
     end = db.execute("select level_sync._end_of_range(0, 1000)").fetchone()[0]
     assert 500 <= end <= 2500 if is_analyzed else end == 9501
+
+
+def test_plan_holds_for_a_pair_that_waited_in_the_queue_when_it_was_made(broken):
+    """And waits no longer, while its levels are as they were: exactly the plan is applied."""
+    broken.execute(
+        "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message, dead_at)"
+        " values (1, 'PLAYER', 'license', 'level_changed', 'P0001', 'planted', now())"
+    )
+    plan = reconcile(broken, dry_run=True)["run_id"]
+    broken.execute("delete from level_sync.sync_queue")
+    reconcile(broken, plan=plan)
+    assert levels(broken, 1) == (6, 6)
