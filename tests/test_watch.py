@@ -627,6 +627,15 @@ def test_the_unit_starts_it_again_whenever_it_dies_or_hangs():
     assert 2 * SCAN_TIMEOUT + alarm.SEND_TIMEOUT < minutes * 60 <= 600
 
 
+def test_what_it_can_never_start_with_is_told_once_and_not_every_half_a_minute(tmp_path):
+    assert unit()["RestartPreventExitStatus"] == "2"
+    told = ["watch", "--dsn", "nonsense=1", "--exec", f"cat > {tmp_path}/message"]
+    assert run(*told).exit_code == 2
+    assert run(*told, "--webhook", "nowhere").exit_code == 2
+    assert run(*told, "--say", "the watch itself has ended").exit_code == 0
+    assert (tmp_path / "message").exists()
+
+
 @pytest.mark.parametrize(("result", "is_told"), [("watchdog", True), ("exit-code", True), ("success", False)])
 def test_its_end_is_told_through_the_channels_as_they_were_quoted(tmp_path, result, is_told):
     """As systemd calls it: quotes of the line and of WATCH_OPTIONS are heeded, a variable that is a word is split."""

@@ -616,7 +616,9 @@ def watch(
             *(alarm.by_webhook(url) for url in webhook or []),
             *(alarm.by_command(text) for text in command or []),
         ]
-    except alarm.ChannelError as error:
+        if not say:
+            read_dsn(dsn)
+    except (alarm.ChannelError, DsnError) as error:
         raise typer.BadParameter(str(error)) from error
     if not channels:
         raise typer.BadParameter("say whom to tell: --email, --webhook or --exec")
@@ -625,7 +627,6 @@ def watch(
         if say:
             watching = alarm.Watch(dsn, channels, interval=interval, patience=patience)
             raise typer.Exit(0 if watching.say(say) else 1)
-        read_dsn(dsn)
         watching = alarm.Watch(dsn, channels, interval=interval, patience=patience, state=state)
         stop = _stop_on_signals()
         worker = threading.Thread(target=watching.run, args=[stop], daemon=True)
