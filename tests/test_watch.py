@@ -570,12 +570,18 @@ def test_between_two_tries_to_connect_it_tells_systemd_too(monkeypatch):
     assert max(waited) <= 60  # WatchdogSec is 10 minutes
 
 
+def group_is_alive(group: str) -> bool:
+    states = subprocess.check_output(["ps", "-A", "-o", "pgid=,stat="], text=True).splitlines()
+    return any(line.split()[0] == group and "Z" not in line for line in states)
+
+
 def test_it_ends_when_told_although_a_check_and_a_command_hang(database, db, tmp_path):
     blocker = database.connect(autocommit=False)
     blocker.execute("lock table user_licenses in access exclusive mode")
     command = [Path(sys.executable).with_name("level-sync"), "watch", "--patience", "0", "--exec"]
     process = subprocess.Popen(
-        [*command, f"touch {tmp_path}/called; sleep 60"], env={**os.environ, "DATABASE_URL": database.dsn}
+        [*command, f"echo $$ > {tmp_path}/pid; touch {tmp_path}/called; sleep 60"],
+        env={**os.environ, "DATABASE_URL": database.dsn},
     )
     try:
         wait_until((tmp_path / "called").exists)
@@ -583,6 +589,8 @@ def test_it_ends_when_told_although_a_check_and_a_command_hang(database, db, tmp
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
         assert time.monotonic() - began < 10
+        group = (tmp_path / "pid").read_text().strip()
+        wait_until(lambda: not group_is_alive(group), seconds=5)
     finally:
         process.kill()
         process.wait()

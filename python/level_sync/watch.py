@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -191,12 +192,19 @@ def by_command(command: str) -> Channel:
         process = subprocess.Popen(  # noqa: S602 - the operator's own command line
             command, shell=True, stdin=subprocess.PIPE, text=True, start_new_session=True
         )
+
+        def kill() -> None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+        atexit.register(kill)  # or nobody would, where the watch ends before it
         try:
             process.communicate(json.dumps(asdict(message)) + "\n", timeout=SEND_TIMEOUT)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill()
             process.wait()
             raise TimeoutError(f"it took longer than {SEND_TIMEOUT} s") from None
+        finally:
+            atexit.unregister(kill)
         if process.returncode != 0:
             raise OSError(f"it ended with exit code {process.returncode}")
 
