@@ -260,6 +260,20 @@ def test_check_says_what_cannot_be(empty_database, old, oddity, subject, words):
     assert exit_code_of(seen) == 2
 
 
+def test_levels_that_are_an_enum_become_numbers_as_check_says(empty_database, old):
+    old.execute("create type rung as enum ('1', '2', '3', '4', '5', '6', '7', '8')")
+    old.execute(f"alter table {PROGRESS} alter column current_level type rung using current_level::text::rung")
+    old.execute(findings(empty_database)["cannot", f"{PROGRESS}.current_level"].fix)
+    assert [subject for kind, subject in findings(empty_database) if kind == "cannot"] == []
+
+
+def test_users_with_a_uuid_are_told_that_there_is_no_statement_for_it(empty_database):
+    db = empty_database.connect()
+    db.execute("create table users (id uuid primary key)")
+    finding = findings(empty_database)["cannot", "users.id"]
+    assert (finding.detail, "alter" in finding.fix) == ("is uuid", False)
+
+
 def test_an_enum_is_adopted_once_its_column_is_text_as_check_says(empty_database, old):
     old.execute("create type kind as enum ('PLAYER', 'COACH'); alter table user_licenses drop column label")
     old.execute("alter table user_licenses alter column specialization_type type kind using specialization_type::kind")

@@ -67,9 +67,13 @@ def _look(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
         yield from _judge_table(table, server)
     yield from _judge_columns(columns, tables)
 
-    missing_keys = any(column["is_key"] and not column["type"] for column in columns)
+    # What is missing, or of a type that levels and users cannot be compared in: the rest can only be seen afterwards.
+    are_keys_unfit = any(
+        column["is_key"] and (not column["type"] or column["family"] == "integer" != column["actual_family"])
+        for column in columns
+    )
     are_readable = all(tables[name]["is_there"] and tables[name]["is_table"] for name in ("users", *PAIRS))
-    if missing_keys or not are_readable or not tables["specializations"]["is_there"]:
+    if are_keys_unfit or not are_readable or not tables["specializations"]["is_there"]:
         return
     yield from _judge_lengths(columns, inspection.longest_specialization(connection))
     yield from _judge_duplicates(connection)
@@ -197,8 +201,17 @@ def _judge_columns(columns: list[dict[str, Any]], tables: dict[str, Any]) -> Ite
         elif not column["type"]:
             yield Finding("migrate", where, "does not exist and is added, empty")
         elif actual == "enum":
+            new_type = {"integer": "bigint"}.get(wanted, "text")
+            cast = "::text" if new_type == "text" else f"::text::{new_type}"
             yield Finding(
-                "cannot", where, f"is an enum ({column['type']})", f"{alter} text using {column['name']}::text;"
+                "cannot", where, f"is an enum ({column['type']})", f"{alter} {new_type} using {column['name']}{cast};"
+            )
+        elif (wanted, column["type"]) == ("integer", "uuid"):
+            yield Finding(
+                "cannot",
+                where,
+                "is uuid",
+                "level_sync knows users by number: give users a bigint id that the others refer to.",
             )
         elif (wanted, actual) == ("timestamptz", "timestamp"):
             yield Finding("note", where, "has no time zone; it is taken for UTC, whatever TimeZone says")
