@@ -121,8 +121,8 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
     "a greatest replaced": [(r"\bgreatest\(", "least("), (r"\bleast\(", "greatest(")],
     "a COMMIT removed": [(r"\n *commit;", ""), (r"\n *call level_sync\._begin_batch\([^;]*;", "")],
     "a COMMIT moved": [
-        (r"\n( *)commit;\n(.*)", r"\n\2\n\1commit;"),
-        (r"\n( *)(call level_sync\._begin_batch\([^;]*;)\n(.*)", r"\n\3\n\1\2"),
+        (r"\n( *)commit;\n(.*\S.*)", r"\n\2\n\1commit;"),
+        (r"\n( *)(call level_sync\._begin_batch\([^;]*;)\n(.*\S.*)", r"\n\3\n\1\2"),
     ],
     "a side swapped": [(r"'progress'", "'license'"), (r"'license'", "'progress'")],
     "a direction swapped": [

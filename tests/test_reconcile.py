@@ -593,3 +593,25 @@ def test_plan_holds_for_a_pair_that_waited_in_the_queue_when_it_was_made(broken)
     broken.execute("delete from level_sync.sync_queue")
     reconcile(broken, plan=plan)
     assert levels(broken, 1) == (6, 6)
+
+
+@BOTH
+@pytest.mark.leftovers
+def test_a_range_that_is_counted_ends_where_the_denser_side_has_enough(db, users, table):
+    users(100)
+    with bypass(db):
+        for side, specializations in ((table, ["COACH", "INTERNSHIP", "PLAYER"]), (OTHER[table], ["PLAYER"])):
+            db.execute(f"alter table {side} set (autovacuum_enabled = off)")
+            db.execute(
+                f"insert into {side} ({', '.join(KEY[side])}) select id, unnest(%s::text[]) from users",
+                [specializations],
+            )
+    assert db.execute("select level_sync._end_of_range(0, 30)").fetchone() == (11,)
+
+
+@pytest.mark.leftovers
+def test_run_that_cannot_even_begin_raises(broken):
+    user_trigger(broken, "before insert on level_sync.sync_log", "raise 'the log takes no more'")
+    with pytest.raises(psycopg.errors.RaiseException, match="the log takes no more"):
+        broken.execute("call level_sync.reconcile()")
+    assert broken.execute("select count(*) from level_sync.sync_log").fetchone() == (0,)

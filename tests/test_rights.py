@@ -312,3 +312,12 @@ def test_the_applications_triggers_run_in_the_path_that_settings_name(db):
     trails = [db.execute(f"select note from {schema}.trail").fetchall() for schema in ("hostile", "public", "audit")]
     assert trails == [[], [("public, pg_temp",)], [("audit, public, pg_temp",)] * 2]
     assert db.execute("show search_path").fetchone() == ("hostile, public",)
+
+
+def test_run_that_is_skipped_heeds_no_function_of_the_caller_either(database, db):
+    db.execute(HOSTILE)
+    other = database.connect()
+    other.execute("select pg_advisory_lock(level_sync._run_lock())")
+    db.execute("set search_path = hostile, pg_catalog")
+    db.execute("call level_sync.reconcile()")
+    assert other.execute("select status from level_sync.sync_log").fetchone() == ("skipped",)
