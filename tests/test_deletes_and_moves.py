@@ -175,6 +175,18 @@ def test_both_sides_move_in_one_transaction_in_either_order(db, users, table):
 
 
 @BOTH
+def test_levels_that_wait_for_the_commit_beside_a_move_are_carried(db, users, table):
+    users(5)
+    add_pairs(db, 4, level=3)
+    configure(db, inline_limit=0)
+    with db.transaction():
+        for side in (table, OTHER[table]):
+            move(db, side, 1, to_user=5)
+        db.execute(f"update {table} set current_level = 5 where {KEY[table][0]} between 2 and 4")
+    assert [levels(db, user) for user in range(1, 6)] == [(None, None), (5, 5), (5, 5), (5, 5), (3, 3)]
+
+
+@BOTH
 def test_move_that_changes_the_level_too_meets_at_the_higher_level(db, users, table):
     users(2)
     insert(db, PROGRESS, 1, 3)
