@@ -625,7 +625,7 @@ begin
   -- What was repaired stands. The row of the run says how it ended; should even that fail, the next run marks it.
   if run_id is not null then
     begin
-      perform pg_try_advisory_xact_lock(level_sync._run_lock());
+      perform pg_try_advisory_xact_lock(level_sync._run_lock());  -- Not to be taken for dead while it counts.
       perform level_sync._finish_run(run_id, plan_id,
         case when error_code = '57014' then 'aborted' when error is not null then 'failed' else status end,
         error || ' (SQLSTATE ' || error_code || ')');

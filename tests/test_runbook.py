@@ -401,13 +401,6 @@ def scan_not_allowed(operator, db):
     operator.reads = "permission denied"
 
 
-def scan_locked_out(operator, db):
-    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
-    blocker = operator.database.connect(autocommit=False)
-    blocker.execute(f"lock table {LICENSE} in access exclusive mode")
-    operator.reads = "lock timeout"
-
-
 def scan_too_slow(operator, db):
     """Statistics that are far off: the server compiles for rows it does not have, and that alone takes too long.
 
@@ -476,7 +469,7 @@ BREAKS = {
         (foreign_key_not_validated, [4]),
     ],
     "LevelSyncRowsHidden": [(rows_hidden, [0]), (rows_hidden, [1])],
-    "LevelSyncScanStale": [(scan_too_slow, [0]), (scan_not_allowed, [1]), (scan_locked_out, [2])],
+    "LevelSyncScanStale": [(scan_too_slow, [0]), (scan_not_allowed, [1]), (application_locked, [2])],
 }
 # The same where the server itself is stopped or started: and which check says so, with what.
 BREAKS_OF_SERVERS = {

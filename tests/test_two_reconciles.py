@@ -180,7 +180,6 @@ def test_plan_applied_a_second_time_counts_only_what_was_left_of_it(database, br
     drop_user_trigger(broken)
     cancelled = "if new.user_id = 35 then raise query_canceled; end if"
     user_trigger(broken, "before update on user_licenses", cancelled)
-
     with pytest.raises(psycopg.errors.QueryCanceled):
         broken.execute("call level_sync.reconcile(plan => 1)")
     drop_user_trigger(broken)

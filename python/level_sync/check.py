@@ -200,12 +200,6 @@ def _judge_columns(columns: list[dict[str, Any]], tables: dict[str, Any]) -> Ite
             yield Finding("cannot", where, "does not exist", "level_sync needs this column under this name.")
         elif not column["type"]:
             yield Finding("migrate", where, "does not exist and is added, empty")
-        elif actual == "enum":
-            new_type = {"integer": "bigint"}.get(wanted, "text")
-            cast = "::text" if new_type == "text" else f"::text::{new_type}"
-            yield Finding(
-                "cannot", where, f"is an enum ({column['type']})", f"{alter} {new_type} using {column['name']}{cast};"
-            )
         elif (wanted, column["type"]) == ("integer", "uuid"):
             yield Finding(
                 "cannot",
@@ -216,9 +210,14 @@ def _judge_columns(columns: list[dict[str, Any]], tables: dict[str, Any]) -> Ite
         elif (wanted, actual) == ("timestamptz", "timestamp"):
             yield Finding("note", where, "has no time zone; it is taken for UTC, whatever TimeZone says")
         elif wanted != actual:
-            new_type = {"integer": "bigint", "text": "text"}.get(wanted, wanted)
+            new_type = {"integer": "bigint"}.get(wanted, wanted)
+            is_enum = actual == "enum"
+            cast = f"::text::{new_type}" if is_enum and new_type != "text" else f"::{new_type}"
             yield Finding(
-                "cannot", where, f"is {column['type']}", f"{alter} {new_type} using {column['name']}::{new_type};"
+                "cannot",
+                where,
+                f"is an enum ({column['type']})" if is_enum else f"is {column['type']}",
+                f"{alter} {new_type} using {column['name']}{cast};",
             )
 
 

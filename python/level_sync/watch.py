@@ -355,7 +355,7 @@ class Watch:
             except Exception as error:  # whatever one channel answers, the others are told
                 # Not the error's text of an HTTP library: a webhook's address is a secret.
                 reason = type(error).__name__ if channel.name.startswith("webhook") else str(error)
-                log.warning("not sent, tried again later: %s: %s: %s", channel.name, waiting[0].subject, reason)
+                log.warning("not sent: %s: %s: %s", channel.name, waiting[0].subject, reason)
                 return
             with self._is_changing, suppress(ValueError):  # the oldest of too many may be gone
                 self.unsent.remove((key, waiting[0]))
