@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -856,7 +857,8 @@ def test_who_does_not_say_where_to_listen_is_reached_from_this_machine_alone(mon
     assert listens == ["127.0.0.1"]
 
 
-def test_the_command_serves_until_it_is_told_to_end(database, db):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_serves_until_it_is_told_to_end(database, db, how):
     port = free_port()
     command = [
         Path(sys.executable).with_name("level-sync"),
@@ -877,8 +879,8 @@ def test_the_command_serves_until_it_is_told_to_end(database, db):
                 return False
 
         wait_until(answers)
-        process.terminate()
-        assert process.wait(20) in (0, -15)
+        process.send_signal(how)
+        assert process.wait(20) == 0
     finally:
         process.kill()
         process.communicate()

@@ -11,6 +11,7 @@ from psycopg import sql
 import command_line
 from academy import LICENSE, PROGRESS, add_pairs, bypass, last_run, levels
 from level_sync import install
+from level_sync.verify import DRIFT
 
 NO_RIGHT = psycopg.errors.InsufficientPrivilege
 WRITES = [
@@ -77,6 +78,18 @@ def test_without_a_grant_nothing_is_allowed(database, db, role):
     for statement in [*OPERATIONS, *WRITES, "select * from level_sync.health"]:
         with pytest.raises(NO_RIGHT):
             stranger.execute(statement)
+
+
+def test_verify_without_a_grant_says_in_its_own_form_what_it_takes(database, db, role):
+    done = as_role(database, role, "verify", "--json")
+    answer = json.loads(done.stdout)
+    assert (done.exit_code, answer["exit_code"], answer["ok"]) == (DRIFT, DRIFT, False)
+    assert [(check["name"], check["ok"]) for check in answer["checks"]] == [("health", None)]
+    assert "permission denied" in answer["checks"][0]["detail"]
+    table = as_role(database, role, "verify")
+    assert table.exit_code == DRIFT
+    for words in ("not checked", "permission denied", "--as reader"):
+        assert words in table.stdout
 
 
 @pytest.mark.parametrize("rights", ["reader", "operator"])

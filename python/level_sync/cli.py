@@ -82,7 +82,7 @@ def _plain_errors() -> Iterator[None]:
         )
         raise typer.Exit(1) from error
     except psycopg.OperationalError as error:
-        if error.sqlstate is not None:
+        if not _is_away(error):
             error_console.print(f"{_message(error)} (SQLSTATE {error.sqlstate})", markup=False)
             raise typer.Exit(1) from error
         error_console.print(f"No connection: {_message(error)}", markup=False)
@@ -91,6 +91,11 @@ def _plain_errors() -> Iterator[None]:
     except (psycopg.Error, DsnError, install.MigrateError, demonstration.DemoError, ServerError, OSError) as error:
         error_console.print(_message(error), markup=False)
         raise typer.Exit(1) from error
+
+
+def _is_away(error: psycopg.Error) -> bool:
+    """Whether there is no connection: what a server answers has a SQLSTATE."""
+    return isinstance(error, psycopg.OperationalError) and error.sqlstate is None
 
 
 def _message(error: Exception) -> str:
@@ -637,6 +642,16 @@ def watch(
     raise typer.Exit(0 if stop.is_set() else 1)
 
 
+def _why_no_check(error: psycopg.Error) -> verification.Check:
+    """Stands for all checks, where none could be made."""
+    if _is_away(error):
+        return verification.Check("connection", False, _message(error), "Give --dsn, or set DATABASE_URL.")
+    hint = "Remove the cause, and verify again."
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        hint = "It takes level-sync grant ROLE --as reader."
+    return verification.Check("health", None, f"not checked: {_message(error)}", hint)
+
+
 @app.command()
 def verify(
     dsn: Dsn = "",
@@ -653,10 +668,10 @@ def verify(
     with _plain_errors():
         try:
             checks = verification.verify(dsn, live=live)
-        except psycopg.OperationalError as error:
-            if not as_json or error.sqlstate is not None:
+        except psycopg.Error as error:
+            if not as_json and _is_away(error):
                 raise
-            checks = [verification.Check("connection", False, _message(error), "Give --dsn, or set DATABASE_URL.")]
+            checks = [_why_no_check(error)]
     code = verification.exit_code(checks)
     if as_json:
         typer.echo(json.dumps({"ok": code == 0, "exit_code": code, "checks": [check.as_json() for check in checks]}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hmac
 import re
+import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -323,8 +324,12 @@ def serve(
     scanning = Scanning(Reader(dsn), scan_interval)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener, scanning.at_work():
-        is_ready()
         configuration = uvicorn.Config(
             application(scanning, token), log_level="warning", server_header=False, timeout_graceful_shutdown=3
         )
-        uvicorn.Server(configuration).run(sockets=[listener])
+        server = uvicorn.Server(configuration)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn raises the signal that has ended it once more, for whoever handled it before: that is itself.
+            signal.signal(number, server.handle_exit)
+        is_ready()
+        server.run(sockets=[listener])
