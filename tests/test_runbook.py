@@ -25,7 +25,8 @@ from level_sync.runbook import SECTIONS as SECTION_OF
 from level_sync.runbook import section_of
 from level_sync.servers import has_extension, system_binaries
 
-DOCKER = Path(__file__).resolve().parent.parent / "docker"
+ROOT = Path(__file__).resolve().parent.parent
+DOCKER, SQL = ROOT / "docker", ROOT / "sql"
 STEPS = ("Look", "Do", "See that it worked")
 
 pytestmark = [pytest.mark.leftovers, pytest.mark.servers("embedded")]
@@ -249,6 +250,15 @@ def triggers_or_functions_changed(operator, db):
     )
 
 
+def package_alone_upgraded(operator, db):
+    """What is loaded is as it was loaded, but not what this package ships."""
+    operator.reads = "differ from this package"
+    db.execute(
+        "create or replace function level_sync._session_reason() returns text language sql as 'select null::text'"
+    )
+    db.execute((SQL / "95_what_is_ours.sql").read_bytes())
+
+
 def needs_cron(operator) -> str:
     """The dsn of the database of pg_cron."""
     if not (operator.database.server.name == "system" and has_extension(system_binaries(), "pg_cron")):
@@ -452,7 +462,10 @@ BREAKS = {
     "LevelSyncDesyncStays": [(desync_stays, [0])],
     "LevelSyncQueueDead": [(queue_dead, [0])],
     "LevelSyncQueueStuck": [(queue_stuck, [0])],
-    "LevelSyncTriggersOrFunctionsChanged": [(triggers_or_functions_changed, [0])],
+    "LevelSyncTriggersOrFunctionsChanged": [
+        (triggers_or_functions_changed, [0]),
+        (package_alone_upgraded, [0]),
+    ],
     "LevelSyncScheduleBroken": [
         (never_scheduled, [0]),
         (one_job_missing, [0]),
