@@ -189,12 +189,14 @@ class _Closing:
         self.connection.close()
 
 
-def _clone(server: Server, template: str | None) -> Iterator[Database]:
+def _clone(server: Server, template: str | None, encoding: str | None = None) -> Iterator[Database]:
     name = f"test_{next(_numbers)}"
     with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as admin:
         clone = sql.SQL("create database {} template {}").format(
             sql.Identifier(name), sql.Identifier(template or "template0")
         )
+        if encoding is not None:
+            clone += sql.SQL(" encoding {} lc_collate 'C' lc_ctype 'C'").format(sql.Literal(encoding))
         admin.execute(clone)
         database = Database(server, name)
         try:
@@ -244,6 +246,11 @@ def another_database(server: Server) -> Iterator[Database]:
 def empty_database(server: Server) -> Iterator[Database]:
     """An empty database of this test's own."""
     yield from _clone(server, None)
+
+
+@pytest.fixture(params=["SQL_ASCII", "LATIN1"])
+def empty_database_not_in_utf8(server: Server, request: pytest.FixtureRequest) -> Iterator[Database]:
+    yield from _clone(server, None, request.param)
 
 
 def _assert_in_step(connection: psycopg.Connection[Any]) -> None:

@@ -262,6 +262,32 @@ def test_migrate_takes_every_form_of_connection(server, empty_database, form):
     assert empty_database.connect().execute("select count(*) from level_sync.settings").fetchone() == (1,)
 
 
+def test_a_database_need_not_be_in_utf8(empty_database_not_in_utf8):
+    database = empty_database_not_in_utf8
+    assert run("check", "--dsn", database.dsn).exit_code == 0
+    assert run("migrate", "--dsn", database.dsn, env={"PGCLIENTENCODING": "SQL_ASCII"}).exit_code == 0
+    db = database.connect(client_encoding="UTF8")
+    add_pair(db, 1, level=2)
+    db.execute("set level_sync.actor = 'Zoë'")
+    set_level(db, LICENSE, 1, 5)
+    assert rows_of(run("events", "--json", "--dsn", database.dsn))[0]["actor"] == "Zoë"
+    assert rows_of(run("status", "--json", "--dsn", database.dsn))["database"] == database.name
+    checks = json.loads(run("verify", "--json", "--dsn", database.dsn).stdout)["checks"]
+    assert [check["name"] for check in checks if check["ok"] is not True and "schedule" not in check["name"]] == [
+        "last_success"
+    ]
+    assert rows_of(run("reconcile", "--json", "--dsn", database.dsn))["status"] == "success"
+    assert "level_sync_up 1" in run("metrics", "--dsn", database.dsn).stdout.replace(".0", "")
+    nothing = run("events", "--specialization", "€", "--dsn", database.dsn)
+    assert nothing.exit_code in (0, 1)  # LATIN1 has no such character
+    assert said(nothing) != ""
+    db.execute("do $$ begin perform set_config('level_sync.actor', 'Zo' || chr(235), false); end $$")
+    set_level(db, LICENSE, 1, 6)
+    in_latin1 = run("events", "--dsn", database.dsn)  # in SQL_ASCII that is a byte of no meaning
+    is_refused = in_latin1.exit_code == 1 and "invalid byte sequence" in said(in_latin1)
+    assert is_refused or "Zoë" in said(in_latin1)
+
+
 @pytest.mark.parametrize("command", TAKES_DSN)
 def test_no_server_is_exit_code_32_and_says_what_to_set(command):
     done = run(command, "--dsn", NO_SERVER, *(["--yes"] if command == "rollback" else []))

@@ -22,13 +22,14 @@ queries: Any = aiosql.from_path(Path(__file__).with_name("queries.sql"), "psycop
 def read_dsn(dsn: str) -> dict[str, Any]:
     """The dsn's parts by libpq's names; of SQLAlchemy's and yoyo's `postgresql+driver://` the driver is dropped.
 
-    An empty dsn has no parts: libpq then reads PGHOST, PGDATABASE and the other PG* variables.
+    Of what it leaves out libpq reads PGHOST, PGDATABASE and the other PG* variables. Text is always sent and read as
+    UTF-8, whatever encoding the database has: from an SQL_ASCII one, psycopg would otherwise make bytes of it.
     """
     try:
         parts = conninfo_to_dict(re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn))
         if "@" in str(parts.get("host", ""))[1:]:
             raise psycopg.ProgrammingError  # the end of a password, which libpq would tell as the host's name
-        return parts
+        return parts | {"client_encoding": "UTF8"}
     except psycopg.ProgrammingError:
         raise DsnError(
             "the connection string cannot be read (it is not repeated here, since it may hold a password); "
