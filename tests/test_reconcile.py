@@ -534,6 +534,22 @@ def test_progress_is_told_to_a_session_that_asks_and_to_no_other(database, db):
     assert repairing == [(20, 40), (40, 40)]
 
 
+def test_an_estimated_range_ends_with_a_user_that_fills_it_and_the_last_one_is_open(db):
+    """What is inserted above the newest user meanwhile belongs to the last range."""
+    db.execute(
+        "insert into specializations (id) select 'S' || n from generate_series(1, 10) as n on conflict do nothing"
+    )
+    db.execute("insert into users (id) select n from generate_series(1, 500) as n")
+    db.execute(
+        f"insert into {PROGRESS} (student_id, specialization_id) select users.id, known.id from users, specializations as known"
+    )
+    db.execute(f"analyze {PROGRESS}, {LICENSE}")
+    ends = [
+        db.execute("select level_sync._end_of_range(%s, %s)", at).fetchone() for at in [(7, 1), (500, 1), (1, 100000)]
+    ]
+    assert ends == [(7,), (None,), (None,)]
+
+
 def test_ranges_that_are_estimated_leave_no_user_out(db):
     """Dense, sparse and far apart: after ANALYZE the planner's estimate says where a range ends."""
     configure(db, batch_size=20)
