@@ -242,8 +242,22 @@ $$;
 comment on function level_sync.requeue(bigint, text) is
   'Makes queued pairs, dead ones too, due at once with a fresh count of attempts: all, one user''s, or one pair. Returns how many.';
 
--- pg_cron shows its settings to members of pg_read_all_settings only; for others it may be preloaded or not. Its table is
--- looked up in the catalog: to_regclass would raise for a role without USAGE on schema cron, such as any reader.
+-- pg_cron shows its settings to members of pg_read_all_settings only: what the owner of level_sync sees, its readers may know.
+create or replace function level_sync._cron_database()
+  returns text
+  language sql
+  stable
+  security definer
+  set search_path = pg_catalog, pg_temp
+as $$
+  select pg_settings.setting from pg_settings where pg_settings.name = 'cron.database_name'
+$$;
+
+comment on function level_sync._cron_database() is
+  'Database in which pg_cron lives; NULL where it is not preloaded, or where the owner of level_sync may not see that.';
+
+-- For who may not see the setting, pg_cron may be preloaded or not. Its table is looked up in the catalog: to_regclass would
+-- raise for a role without USAGE on schema cron, such as any reader.
 create or replace function level_sync._cron_access(out is_preloaded boolean, out is_here boolean, out may_read boolean, out cron_database text)
   language sql
   stable
@@ -254,7 +268,10 @@ as $$
          job.oid is not null,
          coalesce(has_schema_privilege(job.relnamespace, 'usage') and has_table_privilege(job.oid, 'select'), false),
          shown.setting
-    from (select (select pg_settings.setting from pg_settings where pg_settings.name = 'cron.database_name')) as shown (setting)
+    from (
+      select coalesce((select pg_settings.setting from pg_settings where pg_settings.name = 'cron.database_name'),
+                      level_sync._cron_database())
+    ) as shown (setting)
     left join (
       select pg_class.oid, pg_class.relnamespace
         from pg_class

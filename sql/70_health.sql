@@ -231,9 +231,11 @@ as $$
          'Look at level_sync.sync_log and at the schedule check; call level_sync.reconcile() runs it now.'
     from level_sync.settings
     left join lateral (
-      select max(sync_log.job_start) as job_start
+      select sync_log.job_start
         from level_sync.sync_log
        where sync_log.status in ('success', 'partial') and not sync_log.dry_run
+       order by sync_log.run_id desc
+       limit 1
     ) as latest on true
    union all
   -- A run at work, and one that found another at work, say nothing of how it ended last.
@@ -248,8 +250,9 @@ as $$
     left join level_sync._last_finished_run() as latest on true
    union all
   select 'running',
-         count(*) = 0 or level_sync._is_run_active(),
+         count(*) = 0 or pg_is_in_recovery() or level_sync._is_run_active(),
          case when count(*) = 0 then 'no run is at work'
+              when pg_is_in_recovery() then 'a run says running: whether it is at work is seen on the primary'
               when level_sync._is_run_active() then 'a run is at work'
               else format('run %s says running, but its session is gone', min(sync_log.run_id)) end,
          'The next run marks it aborted and finishes the work.'
@@ -364,21 +367,29 @@ begin
     return;
   end if;
 
-  -- Who may not see the processes of others cannot tell whether the launcher runs.
+  -- Who may not see the processes of others cannot tell whether the launcher runs; on a standby it does not, and need not.
   return query
     select 'cron_launcher',
            case when launcher.is_seen then true
                 when pg_has_role(current_user, 'pg_read_all_stats', 'usage') then false end,
            case when launcher.is_seen then 'the pg_cron launcher runs' else 'the pg_cron launcher is not seen' end,
            'Restart the server; look into its log for "pg_cron".'
-      from (select exists (select from pg_stat_activity where pg_stat_activity.backend_type like 'pg_cron%')) as launcher (is_seen);
+      from (select exists (select from pg_stat_activity where pg_stat_activity.backend_type like 'pg_cron%')) as launcher (is_seen)
+     where not pg_is_in_recovery();
 
   if not cron.may_read then
-    return query select 'schedule', null::boolean,
-      case when cron.is_here then 'not checked: no right to read cron.job'
-           else format('not checked from here: the jobs stand in database %s', cron.cron_database) end,
-      case when cron.is_here then 'Grant usage on schema cron and select on its tables to the owner of level_sync.'
-           else 'level-sync verify looks there.' end;
+    return query
+      select 'schedule', situation.ok, situation.detail, situation.hint
+        from (values
+          (cron.is_here, null::boolean, 'not checked: no right to read cron.job',
+           'Grant usage on schema cron and select on its tables to the owner of level_sync.'),
+          (cron.cron_database = current_database(), false, 'pg_cron is preloaded, but its extension is not in this database',
+           'As a superuser: create extension pg_cron; then run level-sync schedule.'),
+          (true, null, format('not checked from here: the jobs stand in database %s', cron.cron_database),
+           'level-sync verify looks there.')
+        ) as situation (is_given, ok, detail, hint)
+       where situation.is_given
+       limit 1;
     return;
   end if;
   execute level_sync._cron_jobs_query() into jobs;

@@ -8,7 +8,7 @@ as $$
 declare
   reading   constant name[] := array['_all_desync_issues', 'find_desync_issues', '_count_desyncs', '_check_triggers', '_check_functions',
     '_check_foreign_keys', '_check_orphans', '_check_hidden_rows', '_check_pairs', '_check_queue', '_check_runs',
-    '_check_schedule', '_schema_version', '_row_counts', '_cron_access', '_cron_jobs_query', '_judge_cron_jobs'];
+    '_check_schedule', '_schema_version', '_row_counts', '_cron_database', '_cron_access', '_cron_jobs_query', '_judge_cron_jobs'];
   operating constant name[] := array['reconcile', '_look_for_transaction', '_refusal_to_commit', '_begin_batch',
     '_refuse_senseless_run', '_run_lock', '_try_run_lock', '_log_skipped_run', '_run_settings', '_start_run', '_drain_batch',
     '_plan_range', '_count_planned', '_repair_batch', '_tell_progress', '_finish_run', 'drain_queue', 'requeue', 'undo', 'purge',

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, delete, set_level, user_trigger
+from academy import (
+    LICENSE,
+    PROGRESS,
+    add_pair,
+    add_pairs,
+    bypass,
+    configure,
+    delete,
+    set_level,
+    user_trigger,
+    wait_until,
+)
 from command_line import run
 from conftest import dsn_of, temporary_directory, wait_for_launcher
 from level_sync import install, schedule
@@ -21,6 +37,7 @@ from level_sync.verify import (
     NO_CONNECTION,
     QUEUE,
     SCHEDULE,
+    Check,
     exit_code,
     verify,
 )
@@ -306,9 +323,63 @@ def test_job_that_silently_stopped_is_named_by_verify(database, scheduled, break
         cron(scheduled, "delete from cron.job_run_details where database = '{database}'")
 
 
-@pytest.fixture(scope="module")
-def with_cron():
-    """A server whose pg_cron lives in the very database of level_sync."""
+def test_a_reader_sees_the_jobs_of_another_database_once_a_superuser_has_let_it(database, scheduled):
+    """pg_cron shows each role its own jobs only: what is not seen is not called missing."""
+    role = f"On-Call of {database.name}"
+    scheduled.execute(f'create role "{role}" login')
+    scheduled.execute("select level_sync._grant_to(%s, 'reader')", [role])
+    dsn = psycopg.conninfo.make_conninfo(database.dsn, user=role)
+
+    def of_jobs() -> list[Check]:
+        return [
+            check for check in verify(dsn) if check.bit == SCHEDULE and check.name.startswith(("schedule", "cron run"))
+        ]
+
+    try:
+        [unread] = of_jobs()
+        assert (unread.name, unread.ok) == ("schedule", None)
+        assert "permission denied for schema cron" in unread.detail
+        for statement in unread.hint.partition("as a superuser: ")[2].split(";")[:2]:
+            cron(scheduled, statement)
+        [hidden] = of_jobs()
+        assert (hidden.name, hidden.ok, hidden.hint) == ("schedule", None, unread.hint)
+        assert "no job of this database, if any" in hidden.detail
+        for statement in unread.hint.partition("as a superuser: ")[2].split(";")[2:-1]:
+            cron(scheduled, statement)
+        assert [check.ok for check in of_jobs()] == [True] * 4
+        cron(scheduled, "update cron.job set active = false " + OURS)
+        assert [check.detail for check in of_jobs() if not check.ok] == ["the job is not active"]
+    finally:
+        cron(scheduled, f'drop owned by "{role}"')
+        scheduled.execute(f'drop owned by "{role}"')
+        scheduled.execute(f'drop role "{role}"')
+
+
+def test_pg_cron_that_is_preloaded_without_its_extension_is_told_as_that():
+    with own_server_with_cron() as server:
+        with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+            connection.execute("create database academy")
+        here, elsewhere = dsn_of(server, "academy"), dsn_of(server, "postgres")
+        for dsn, words in ((here, "is not in this database"), (elsewhere, "is not in database academy")):
+            install.migrate(dsn)
+            [check] = [check for check in verify(dsn) if check.name == "schedule"]
+            assert check.ok is False
+            assert words in check.detail
+            assert "create extension pg_cron; then run level-sync schedule" in check.hint
+            told = run("schedule", "--dsn", dsn)
+            assert told.exit_code == 1
+            assert "create extension pg_cron" in " ".join(told.stderr.split())
+            assert run("unschedule", "--dsn", dsn).stdout == "0 job(s) removed\n"
+        with psycopg.connect(here, autocommit=True) as connection:
+            connection.execute("create extension pg_cron")
+        for dsn in (here, elsewhere):
+            assert run("schedule", "--dsn", dsn).exit_code == 0
+            assert [check.ok for check in verify(dsn) if check.name.startswith("schedule")] == [True] * 2
+
+
+@contextmanager
+def own_server_with_cron() -> Iterator[SystemServer]:
+    """A server that preloads pg_cron for the database academy, which is not there yet."""
     binaries = system_binaries()
     if binaries is None or not has_extension(binaries, "pg_cron"):
         pytest.skip("no pg_cron from system packages here, and installing it needs root on Debian or Ubuntu")
@@ -316,18 +387,25 @@ def with_cron():
         server = SystemServer(directory / "server")
         server.create("fsync = off\n" + CRON_CONFIGURATION.format(cron_database="academy"))
         try:
-            with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
-                connection.execute("create database academy")
-            dsn = dsn_of(server, "academy")
-            with psycopg.connect(dsn, autocommit=True) as connection:
-                connection.execute("create extension pg_cron")
-                install.migrate(dsn)
-                connection.execute("call level_sync.reconcile()")
-                connection.execute("select level_sync.schedule()")
-                wait_for_launcher(connection)
-                yield dsn
+            yield server
         finally:
             server.stop()
+
+
+@pytest.fixture(scope="module")
+def with_cron():
+    """A server whose pg_cron lives in the very database of level_sync."""
+    with own_server_with_cron() as server:
+        with psycopg.connect(dsn_of(server, "postgres"), autocommit=True) as connection:
+            connection.execute("create database academy")
+        dsn = dsn_of(server, "academy")
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute("create extension pg_cron")
+            install.migrate(dsn)
+            connection.execute("call level_sync.reconcile()")
+            connection.execute("select level_sync.schedule()")
+            wait_for_launcher(connection)
+            yield dsn
 
 
 def test_health_itself_judges_the_jobs_where_it_can_read_them(with_cron):
@@ -381,6 +459,50 @@ def test_launcher_that_is_gone_is_noticed(with_cron):
                 break
             time.sleep(0.02)
         assert seen[-1] == (False, "the pg_cron launcher is not seen")
+
+
+def standby_of(primary_directory: str, directory: Path) -> SystemServer:
+    standby = SystemServer(directory)
+    directory.mkdir(mode=0o755)
+    if os.geteuid() == 0:
+        shutil.chown(directory, "postgres", "postgres")
+    source = ("--host=" + primary_directory, "--username=postgres", "--checkpoint=fast", "--no-sync")
+    standby._run("pg_basebackup", "--write-recovery-conf", *source)
+    with (directory / "data" / "postgresql.conf").open("a") as file:
+        file.write(f"unix_socket_directories = '{directory}'\n")
+    standby.start()
+    return standby
+
+
+def test_a_standby_is_as_green_as_its_primary(with_cron):
+    """pg_cron runs on the primary only, and whether a run is at work is seen there."""
+    primary_directory = psycopg.conninfo.conninfo_to_dict(with_cron)["host"]
+    with temporary_directory() as directory, psycopg.connect(with_cron, autocommit=True) as primary:
+        standby = standby_of(primary_directory, directory / "standby")
+        try:
+            with psycopg.connect(dsn_of(standby, "academy"), autocommit=True) as connection:
+                assert connection.execute("select pg_is_in_recovery()").fetchone() == (True,)
+                checks = health(connection)
+                assert "cron_launcher" not in checks
+                assert [name for name, (ok, _, _) in checks.items() if ok is not True] == []
+                primary.execute(
+                    "insert into level_sync.sync_log (status, dry_run, started_by, job_start, backend_pid)"
+                    " values ('running', false, 'cron', now(), 1)"
+                )
+                assert health(primary)["running"][0] is False
+                wait_until(lambda: "seen on the primary" in health(connection)["running"][1])
+                assert health(connection)["running"][0] is True
+        finally:
+            standby.stop()
+            primary.execute("delete from level_sync.sync_log where status = 'running'")
+
+
+def test_of_two_runs_the_later_one_is_the_last_success(db):
+    db.execute("call level_sync.reconcile()")
+    db.execute("update level_sync.sync_log set job_start = job_start - interval '2 days'")
+    assert health(db)["last_success"][0] is False
+    db.execute("call level_sync.reconcile()")
+    assert health(db)["last_success"][0] is True
 
 
 def test_a_column_of_the_application_that_refers_to_users_too_is_none_of_our_business(database, healthy):

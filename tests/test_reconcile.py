@@ -541,7 +541,8 @@ def test_an_estimated_range_ends_with_a_user_that_fills_it_and_the_last_one_is_o
     )
     db.execute("insert into users (id) select n from generate_series(1, 500) as n")
     db.execute(
-        f"insert into {PROGRESS} (student_id, specialization_id) select users.id, known.id from users, specializations as known"
+        f"insert into {PROGRESS} (student_id, specialization_id)"
+        " select users.id, known.id from users, specializations as known"
     )
     db.execute(f"analyze {PROGRESS}, {LICENSE}")
     ends = [

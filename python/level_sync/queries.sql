@@ -149,10 +149,13 @@ select run_id, status, dry_run, direction, started_by, job_start, duration_secon
 
 -- name: newest_end()$
 -- When a run that may have changed a pair has last ended.
-select max(job_end)
+select job_end
   from level_sync.sync_log
  where not dry_run
    and status <> 'skipped'
+   and job_end is not null
+ order by run_id desc
+ limit 1
 
 -- name: runs_since(since, row_limit)
 -- The newest of them, oldest first.
@@ -245,16 +248,17 @@ select count(*) filter (where dead_at is null and next_attempt_at > clock_timest
   from level_sync.sync_queue
 
 -- name: runs_by_status()
-select known.status, count(sync_log.run_id) as runs
+-- Each by itself, so that the index is enough.
+select known.status, (select count(*) from level_sync.sync_log where sync_log.status = known.status) as runs
   from unnest(array['running', 'success', 'partial', 'failed', 'skipped', 'aborted', 'needs_approval']) as known (status)
-  left join level_sync.sync_log on sync_log.status = known.status
- group by known.status
 
 -- name: last_runs()^
 -- Not judged: a run at work, and one that found another at work.
-select (select extract(epoch from max(job_start))
+select (select extract(epoch from job_start)
           from level_sync.sync_log
-         where status in ('success', 'partial') and not dry_run) as success_at,
+         where status in ('success', 'partial') and not dry_run
+         order by run_id desc
+         limit 1) as success_at,
        latest.status,
        latest.duration_seconds,
        coalesce(latest.results -> 'repairs', '{}') as repairs
@@ -285,7 +289,8 @@ select proname as name, prosrc as body
  where pronamespace = 'level_sync'::regnamespace
 
 -- name: cron_access()^
-select is_preloaded, is_here, may_read, cron_database from level_sync._cron_access()
+select cron_database, coalesce(is_preloaded and not is_here and cron_database <> current_database(), false) as is_elsewhere
+  from level_sync._cron_access()
 
 -- name: has_schedule()$
 select to_regprocedure('level_sync._cron_access()') is not null
@@ -308,6 +313,10 @@ select level_sync._cron_jobs_query()
 
 -- name: wanted_cron_jobs(cron_expression)
 select jobname, schedule, command from level_sync._wanted_cron_jobs(:cron_expression)
+
+-- name: are_other_roles_jobs_hidden()$
+-- pg_cron's own policy shows each role its own jobs.
+select row_security_active('cron.job')
 
 -- name: judge_cron_jobs(jobs)
 select name, ok, detail, hint from level_sync._judge_cron_jobs(:jobs)

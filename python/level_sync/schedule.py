@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+
 from level_sync.database import connect, queries
+
+NO_EXTENSION = (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction)
+
+
+@contextmanager
+def _of_pg_cron(dsn: str, cron_database: str) -> Iterator[psycopg.Connection[Any]]:
+    try:
+        with connect(dsn, database=cron_database) as connection:
+            yield connection
+    except NO_EXTENSION as error:
+        raise psycopg.errors.FeatureNotSupported(
+            f"pg_cron is preloaded for database {cron_database}, but its extension is not there: "
+            "run create extension pg_cron; in it, as a superuser"
+        ) from error
 
 
 def schedule(dsn: str, cron_expression: str | None = None) -> tuple[str, str]:
@@ -13,12 +33,12 @@ def schedule(dsn: str, cron_expression: str | None = None) -> tuple[str, str]:
     """
     with connect(dsn) as connection:
         access = queries.cron_access(connection)
-        if access["is_here"] or not access["is_preloaded"]:
+        if not access["is_elsewhere"]:
             answer = queries.schedule(connection, cron_expression=cron_expression)
             return answer["schedule"], connection.info.dbname
         expression: str = queries.settings(connection)["schedule"] if cron_expression is None else cron_expression
         queries.check_cron_expression(connection, cron_expression=expression)
-        with connect(dsn, database=access["cron_database"]) as cron_connection:
+        with _of_pg_cron(dsn, access["cron_database"]) as cron_connection:
             for job in queries.wanted_cron_jobs(connection, cron_expression=expression):
                 queries.schedule_elsewhere(cron_connection, **job, database=connection.info.dbname)
         queries.keep_schedule(connection, cron_expression=expression)
@@ -31,9 +51,12 @@ def unschedule(dsn: str) -> int:
         if not queries.has_schedule(connection):
             return 0
         access = queries.cron_access(connection)
-        if access["is_here"] or not access["is_preloaded"]:
+        if not access["is_elsewhere"]:
             removed: int = queries.unschedule(connection)
         else:
-            with connect(dsn, database=access["cron_database"]) as cron_connection:
-                removed = queries.unschedule_elsewhere(cron_connection, database=connection.info.dbname)
+            try:
+                with connect(dsn, database=access["cron_database"]) as cron_connection:
+                    removed = queries.unschedule_elsewhere(cron_connection, database=connection.info.dbname)
+            except NO_EXTENSION:
+                removed = 0
     return removed

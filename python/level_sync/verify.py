@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import psycopg
+from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from level_sync import install
 from level_sync.database import connect, queries
+from level_sync.schedule import NO_EXTENSION
 
 DESYNC, DRIFT, SCHEDULE, QUEUE, FOREIGN_KEYS, NO_CONNECTION = 1, 2, 4, 8, 16, 32
 
@@ -89,7 +91,7 @@ def checks_of(connection: psycopg.Connection[Any], dsn: str, *, live: bool = Fal
         checks += _write_live(connection)
     access = queries.cron_access(connection)
     unread = [check for check in checks if check.name == "schedule" and check.ok is None]
-    if unread and access["is_preloaded"] and not access["is_here"]:
+    if unread and access["is_elsewhere"]:
         checks = [check for check in checks if check not in unread]
         checks += _look_into_cron_database(dsn, connection, access["cron_database"])
     return checks
@@ -127,8 +129,31 @@ def _look_into_cron_database(dsn: str, connection: psycopg.Connection[Any], cron
             cron_connection.cursor() as cursor,
         ):
             row = cursor.execute(queries.cron_jobs_query(connection)).fetchone()
+            are_others_hidden = queries.are_other_roles_jobs_hidden(cron_connection)
+    except NO_EXTENSION:
+        detail = f"pg_cron is preloaded, but its extension is not in database {cron_database}"
+        hint = f"In {cron_database}, as a superuser: create extension pg_cron; then run level-sync schedule."
+        return [Check("schedule", False, detail, hint)]
+    except psycopg.errors.InsufficientPrivilege as error:
+        return [Check("schedule", None, f"not checked: {str(error).strip()}", _to_see_jobs(connection, cron_database))]
     except psycopg.Error as error:
-        hint = f"Let this role connect to {cron_database} and read cron.job and cron.job_run_details there."
+        hint = f"Let this role connect to {cron_database}, and verify again."
         return [Check("schedule", None, f"not checked: {str(error).strip()}", hint)]
     jobs = next(iter(row.values())) if row else []
+    if are_others_hidden and not any(job["database"] == connection.info.dbname for job in jobs):
+        detail = f"not checked: pg_cron in {cron_database} shows {connection.info.user} no job of this database, if any"
+        return [Check("schedule", None, detail, _to_see_jobs(connection, cron_database))]
     return [Check(**found) for found in queries.judge_cron_jobs(connection, jobs=Jsonb(jobs))]
+
+
+def _to_see_jobs(connection: psycopg.Connection[Any], cron_database: str) -> str:
+    """What a superuser runs so that this role sees the jobs of level_sync, and no others."""
+    role = sql.Identifier(connection.info.user).as_string(connection)
+    statements = (
+        "grant usage on schema cron to {role}",
+        "grant select on cron.job, cron.job_run_details to {role}",
+        "create policy level_sync_jobs on cron.job for select to {role} using (jobname like 'level_sync_%')",
+        "create policy level_sync_runs on cron.job_run_details for select to {role}"
+        " using (jobid in (select jobid from cron.job))",
+    )
+    return f"In {cron_database}, as a superuser: " + "; ".join(text.format(role=role) for text in statements) + ";"

@@ -1,0 +1,1 @@
+drop index if exists level_sync.sync_log_status;
