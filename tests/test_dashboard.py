@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -430,7 +431,12 @@ def test_a_database_that_is_away_is_said_and_the_page_comes_back_by_itself(datab
         admin.execute(f"alter database {database.name} allow_connections false")
         try:
             look_again(page)
-            expect(page.get_by_role("heading", level=1)).to_have_text("The database does not answer")
+            # One failed attempt takes nobody's page away; with the next one there is only the reason to be read.
+            expect(page.get_by_role("status")).to_have_text("The database refuses the connection: this is old.")
+            assert page.title() == "? · level_sync"
+            expect(page.get_by_role("heading", level=1)).to_contain_text("need")
+            look_again(page)
+            expect(page.get_by_role("heading", level=1)).to_have_text("The database refuses the connection")
             assert get(site[0])[0] == 503
         finally:
             admin.execute(f"alter database {database.name} allow_connections true")
@@ -726,6 +732,7 @@ def test_thousands_of_runs_make_no_large_page(db, site):
 
 def test_while_a_scan_is_at_work_a_page_is_as_it_was_and_does_not_wait(site, monkeypatch):
     address, scanning = site
+    monkeypatch.setattr(dashboard, "QUEUEING", 0.5)
     assert "As of" in get(address)[1]
     with scanning.reader.is_connected:
         began = time.monotonic()
@@ -738,6 +745,27 @@ def test_while_a_scan_is_at_work_a_page_is_as_it_was_and_does_not_wait(site, mon
         assert "This is how it was at" in get(address)[1]
         monkeypatch.undo()
     assert "This is how it was" not in get(address)[1]
+
+
+def test_several_people_who_look_at_once_wait_for_each_other(db, site, monkeypatch):
+    monkeypatch.setattr(dashboard, "PATIENCE", 0.05)
+    runs = "select 'success', now() from generate_series(1, 5000)"
+    db.execute(f"insert into level_sync.sync_log (status, job_end) {runs}")
+    with ThreadPoolExecutor(12) as people:
+        answers = list(people.map(lambda n: get(f"{site[0]}/runs?before={n}")[0], range(100, 148)))
+    assert answers == [200] * 48
+
+
+def test_a_plan_that_was_applied_is_not_offered_again(db, site):
+    add_pairs(db, 3)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5")
+    configure(db, repair_limit=0)
+    db.execute("call level_sync.reconcile()")
+    offer = "call level_sync.reconcile(plan => 1, approve => true);"
+    assert offer in get(site[0] + "/runs/1")[1]
+    db.execute("call level_sync.reconcile(plan => 1, approve => true)")
+    assert offer not in get(site[0] + "/runs/1")[1]
 
 
 def test_an_error_of_several_lines_is_told_as_one(tmp_path):

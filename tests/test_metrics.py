@@ -215,10 +215,24 @@ def test_a_database_that_is_away_is_up_0_and_up_1_at_the_next_scrape_when_it_is_
             assert scraped(collector)["level_sync_up"] == 0
             assert "level_sync_desync_pairs" not in str(scraped(collector))
             assert not collector.reader.scan()
-            assert sum("level_sync_up 0" in message for message in caplog.messages) == 1  # once, not at each scrape
+            told = [message for message in caplog.messages if "level_sync_up" in message]
+            assert len(told) == 1  # once, not at each scrape
         finally:
             admin.execute(f"alter database {database.name} allow_connections true")
+    db.execute("alter table level_sync.sync_log rename to away")
+    assert scraped(collector)["level_sync_up"] == 0
+    assert "does not exist" in caplog.messages[-1]  # another reason is told as well
+    db.execute("alter table level_sync.away rename to sync_log")
     assert scraped(collector)["level_sync_up"] == 1
+    assert caplog.messages[-1] == "level_sync_up 1"
+    assert "not currently accepting connections" in told[0]
+
+
+def test_metrics_that_cannot_be_written_are_an_error_not_a_traceback(database):
+    command = [Path(sys.executable).with_name("level-sync"), "metrics", "--dsn", database.dsn]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "[Errno 28] No space left on device\n")
 
 
 def test_no_database_and_no_installation_are_up_0_and_not_a_crash(empty_database):

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from email.utils import parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -117,6 +117,18 @@ def test_what_could_not_be_checked_is_not_good():
     told: list[Message] = []
     new_watch(told).judge([Check("schedule", None, "not checked", "")])
     assert names(told[0]) == (["schedule"], [])
+
+
+def test_a_text_from_the_database_adds_no_line_to_a_message():
+    hostile = replace(BAD, detail="1 dead: boom\ngreen again triggers (it was: bad)\n    RUNBOOK \u202e")
+    told: list[Message] = []
+    watch = new_watch(told)
+    watch.judge([hostile])
+    watch.judge([])
+    for message in told:
+        assert "\u202e" not in message.text
+        assert not any(line.startswith("green again triggers (it was: bad") for line in message.text.split("\n"))
+    assert "boom green again triggers (it was: bad) RUNBOOK \\u202e" in told[0].text
 
 
 def test_all_that_changes_at_once_is_one_message():

@@ -28,6 +28,7 @@ from level_sync import verify as verification
 from level_sync import watch as alarm
 from level_sync.database import DsnError, connect, queries, read_dsn
 from level_sync.servers import ServerError
+from level_sync.text import printable
 
 app = typer.Typer(
     help="Keeps a student's level equal in specialization_progress and user_licenses, inside PostgreSQL.",
@@ -131,8 +132,7 @@ def _print_rows(title: str, rows: list[dict[str, Any]], as_json: bool, empty: st
 
 def _cell(value: object) -> Text:
     """Text for a table: what a user wrote is shown, never obeyed, neither as markup nor by the terminal."""
-    text = "" if value is None else str(value)
-    return Text("".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text))
+    return Text("" if value is None else printable(str(value)))
 
 
 @app.command()
@@ -525,7 +525,7 @@ def metrics(
         read_dsn(dsn)
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         text, is_up = figures.once(dsn, textfile)
-    typer.echo(text, nl=False)
+        typer.echo(text, nl=False)
     raise typer.Exit(0 if is_up else verification.NO_CONNECTION)
 
 

@@ -64,6 +64,7 @@ class LevelSyncCollector(Collector):
         self.reader = reader
         self.scanning = scanning
         self.is_up = True
+        self._reason = ""
         self._latest: list[GaugeMetricFamily] = []
         self._latest_at = float("-inf")
 
@@ -101,7 +102,7 @@ class LevelSyncCollector(Collector):
         try:
             with self.reader.connection() as connection:
                 figures = list(self._figures(connection))
-            self.is_up = True
+            self._tell_up()
         except psycopg.Error as error:
             self._tell_down(str(error).strip())
             figures = []
@@ -111,9 +112,15 @@ class LevelSyncCollector(Collector):
             yield from self._scanned()
 
     def _tell_down(self, reason: str) -> None:
-        if self.is_up:
+        """Logs why, once for each reason and not at each scrape."""
+        if reason != self._reason:
             log.warning("level_sync_up 0: %s", reason)
-        self.is_up = False
+        self.is_up, self._reason = False, reason
+
+    def _tell_up(self) -> None:
+        if not self.is_up:
+            log.warning("level_sync_up 1")
+        self.is_up, self._reason = True, ""
 
     def _told_first(self) -> Iterator[GaugeMetricFamily]:
         yield gauge("build_info", {(version("level-sync"),): 1}, "version")

@@ -30,6 +30,7 @@ from level_sync import verify as verification
 from level_sync.database import connect, queries, read_dsn
 from level_sync.runbook import section_of
 from level_sync.scan import CONNECT_TIMEOUT, LOCK_TIMEOUT, SCAN_TIMEOUT, connect_timeout, cut_after
+from level_sync.text import printable
 from level_sync.verify import Check
 
 SEND_TIMEOUT = 30  # seconds for one message, however many bytes come meanwhile
@@ -408,7 +409,8 @@ def message_of(where: str, red: Sequence[Check], green: Sequence[Check]) -> Mess
 
 
 def short(text: str) -> str:
-    """A mail is no place for a message of a megabyte."""
+    """A mail is no place for a message of a megabyte, nor for lines that a text from the database would add to it."""
+    text = printable(" ".join(text.split()))
     return text if len(text) <= LONGEST_DETAIL else text[:LONGEST_DETAIL] + " ... (cut here)"
 
 

@@ -35,6 +35,7 @@ from level_sync.dashboard.doubt import doubt_of
 from level_sync.database import queries
 from level_sync.runbook import section_of
 from level_sync.scan import Reader, Scanning
+from level_sync.text import printable
 
 HERE = Path(__file__).parent
 PAGE_SIZE = 100
@@ -42,7 +43,8 @@ WEEKS_SHOWN = 4
 RUNS_SHOWN = 300  # in the picture
 PAGES_KEPT = 20
 FRESH_FOR = 15  # seconds that a page may be shown again without saying that it is old
-PATIENCE = 1  # seconds a page waits for the connection
+PATIENCE = 1  # seconds a page waits for the connection, where it can be shown as it was
+QUEUEING = 5  # seconds more that it waits where it cannot: others may look too
 LONGEST_TEXT = 1000  # characters of an error or of a message that a page shows
 SHORTEST_TOKEN = 16
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -72,12 +74,12 @@ def moment(value: datetime | float | None) -> str:
     return value.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def printable(value: object) -> str:
+def readable(value: object) -> str:
     """A text without characters that would hide what it says, such as those that turn its direction round; no novel."""
     text = "" if value is None else str(value)
     if len(text) > LONGEST_TEXT:
         text = text[:LONGEST_TEXT] + "… (cut here)"
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return printable(text)
 
 
 def span(seconds: float | Decimal | None) -> str:
@@ -92,7 +94,7 @@ def span(seconds: float | Decimal | None) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
-templates.filters.update(moment=moment, printable=printable, span=span)
+templates.filters.update(moment=moment, readable=readable, span=span)
 templates.globals.update(section_of=section_of, picture=picture)
 
 Page = Callable[[Request, psycopg.Connection[dict[str, Any]]], dict[str, Any]]
@@ -130,10 +132,10 @@ class Dashboard:
             # page is shown as it was, and soon says so.
             address = str(request.url)
             if not self.reader.is_connected.acquire(timeout=PATIENCE):
-                last = self._last.get(address)
-                if last is None:
+                if last := self._last.get(address):
+                    return HTMLResponse(render(request, template, last.at, **last.found))
+                if not self.reader.is_connected.acquire(timeout=QUEUEING):
                     return HTMLResponse(render(request, "busy.html"), 503)
-                return HTMLResponse(render(request, template, last.at, **last.found))
             try:
                 with self.reader.connection() as connection:
                     seen = Seen(time.time(), read(request, connection))
@@ -144,10 +146,16 @@ class Dashboard:
                 return HTMLResponse(render(request, template, seen.at, **seen.found))
             except psycopg.Error as error:
                 self._last.pop(address, None)
+                reason = " ".join(str(error).split())
                 is_away = error.sqlstate is None
-                return HTMLResponse(
-                    render(request, "away.html", error=" ".join(str(error).split()), is_away=is_away), 503
+                title = (
+                    "The database answers, but level_sync cannot be read"
+                    if not is_away
+                    else "The database refuses the connection"
+                    if "FATAL:" in reason
+                    else "The database does not answer"
                 )
+                return HTMLResponse(render(request, "away.html", title=title, error=reason, is_away=is_away), 503)
             finally:
                 self.reader.is_connected.release()
 

@@ -39,6 +39,7 @@ function removed(node) {
 }
 
 let isUpdating = false;
+let hasFailed = false;
 
 async function update() {
   if (document.hidden || isUpdating) return;
@@ -48,6 +49,14 @@ async function update() {
     const answer = await fetch(location.href, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
     const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
     if (!fresh.getElementById("main")) throw new Error("not a page of the dashboard");
+    // A database that is away for a moment takes nobody's page away.
+    const isBlip = !answer.ok && !hasFailed && !document.querySelector("#main [role=alert]");
+    hasFailed = !answer.ok;
+    if (isBlip) {
+      stale.textContent = `${fresh.querySelector("#main h1").textContent}: this is old.`;
+      document.title = "? · level_sync";
+      return;
+    }
     for (const id of ["main", "asof"]) bringInStep(document.getElementById(id), fresh.getElementById(id));
     document.title = fresh.title;
     stale.textContent = "";
