@@ -82,6 +82,7 @@ class Operator:
             # Only the server's own account may start it, never root.
             command = [*(self.account if "pg_ctl" in code else []), "bash", "-e"]
             code = code.replace("9930", str(self.port)).replace("grant monitor", f"grant {self.role}")
+        code = code.replace("alter role monitor", f"alter role {self.role}")
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{binaries}:/usr/bin:/bin:/usr/sbin:/sbin",
             "DATABASE_URL": self.url,
@@ -158,6 +159,18 @@ def database_unreachable(operator, db):
     operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
     db.execute("select level_sync._revoke_from(%s)", [operator.role])
     operator.reads = "permission denied"
+
+
+def role_may_not_log_in(operator, db):
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    db.execute(f"alter role {operator.role} nologin")
+    operator.reads = "is not permitted to log in"
+
+
+def role_has_no_connection_left(operator, db):
+    operator.url = dsn_of(operator.database.server, operator.database.name, operator.role)
+    db.execute(f"alter role {operator.role} connection limit 0")
+    operator.reads = "too many connections for role"
 
 
 def not_installed(operator, db):
@@ -284,6 +297,13 @@ def server_stopped(operator):
 def cron_not_preloaded(operator):
     needs_cron(operator)
     set_for_the_server(operator, "set shared_preload_libraries = auto_explain")
+
+
+def cron_without_extension(operator):
+    """pg_cron is preloaded for this very database."""
+    needs_cron(operator)
+    set_for_the_server(operator, f"set cron.database_name = '{operator.database.name}'")
+    operator.reads = "its extension is not in this database"
 
 
 def launcher_away(operator):
@@ -433,7 +453,7 @@ def test_every_alert_has_a_section_and_every_section_an_alert():
     rules = (DOCKER / "prometheus" / "level_sync.rules.yml").read_text()
     alerts = re.findall(r"- alert: (\w+)", rules)
     assert list(SECTIONS) == alerts
-    assert re.findall(r"runbook: RUNBOOK.md#(\w+)", rules) == [alert.lower() for alert in alerts]
+    assert re.findall(r"runbook: docker/RUNBOOK.md#(\w+)", rules) == [alert.lower() for alert in alerts]
     for section in SECTIONS.values():
         assert tuple(section.steps) == STEPS
         assert [len(section.steps[step]) for step in ("Look", "See that it worked")] == [1, 1]
@@ -455,6 +475,8 @@ BREAKS = {
         (locked, [3]),
         (application_locked, [3]),
         (everybody_waits_behind_one_who_waits, [3]),
+        (role_may_not_log_in, [4]),
+        (role_has_no_connection_left, [4]),
     ],
     "LevelSyncRunFailed": [(run_failed, [0])],
     "LevelSyncNeedsApproval": [(needs_approval, [0]), (needs_approval, [1])],
@@ -470,7 +492,7 @@ BREAKS = {
         (never_scheduled, [0]),
         (one_job_missing, [0]),
         (job_failing, []),
-        (another_scheduler, [4]),
+        (another_scheduler, [5]),
     ],
     "LevelSyncOrphans": [
         (user_missing, [0]),
@@ -488,9 +510,10 @@ BREAKS = {
 BREAKS_OF_SERVERS = {
     "LevelSyncDatabaseUnreachable": [(server_stopped, [0], "connection", "No such file or directory")],
     "LevelSyncScheduleBroken": [
-        (cron_not_preloaded, [2, 3, 0], "schedule", "pg_cron is not preloaded"),
-        (launcher_away, [3], "cron_launcher", "the pg_cron launcher is not seen"),
-        (cron_cannot_connect, [1, 3], "cron run: level_sync_maintain", "failed at no time: connection failed"),
+        (cron_not_preloaded, [2, 4, 0], "schedule", "pg_cron is not preloaded"),
+        (launcher_away, [4], "cron_launcher", "the pg_cron launcher is not seen"),
+        (cron_cannot_connect, [1, 4], "cron run: level_sync_maintain", "failed at no time: connection failed"),
+        (cron_without_extension, [3, 0], "schedule", "its extension is not in this database"),
     ],
 }
 # What brings the difference back is no repair: it has a test of its own.
