@@ -764,11 +764,27 @@ declare
   outer_path            constant text        := pg_catalog.current_setting('search_path');
   started_at            constant timestamptz := pg_catalog.clock_timestamp();
   is_inside_transaction boolean;
+  taken                 integer;
+  tries                 integer := 0;
 begin
   call level_sync._look_for_transaction(is_inside_transaction);
   call level_sync._begin_batch(is_inside_transaction);
-  while level_sync._drain_batch(started_at) > 0 loop
+  loop
+    -- SKIP LOCKED skips no row whose newer version somebody is writing right now: PostgreSQL waits for that one.
+    begin
+      taken := level_sync._drain_batch(started_at);
+      tries := 0;
+    exception when serialization_failure or deadlock_detected or lock_not_available then
+      tries := tries + 1;
+      if tries = 3 then
+        raise;
+      end if;
+    end;
+    exit when taken = 0;
     call level_sync._begin_batch(is_inside_transaction);
+    if tries > 0 then
+      perform pg_sleep(0.1 * tries);
+    end if;
   end loop;
   perform set_config('search_path', outer_path, true);
 end

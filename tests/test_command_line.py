@@ -312,6 +312,8 @@ def test_an_unknown_database_is_exit_code_32(server):
         f"postgresql://lin:{SECRET}@127.0.0.1:1/academy?no_such_option=1",
         f"mysql://lin:{SECRET}@127.0.0.1:1/academy",
         f"postgresql://lin:pass/{SECRET}@127.0.0.1/academy",
+        f"postgresql://lin@home:{SECRET}@127.0.0.1:1/academy",
+        f"postgresql://@:{SECRET}@127.0.0.1:1/academy",
         f"{NO_SERVER} password=my {SECRET}",
         f"{NO_SERVER} password='{SECRET}",
     ],

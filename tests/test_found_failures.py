@@ -235,6 +235,28 @@ def test_a_function_of_an_older_version_is_gone_after_migrate(database, db):
     assert {check.name: check.ok for check in verify(database.dsn)}["shipped_functions"] is True
 
 
+@pytest.mark.parametrize("state", ["40001", "40P01", "55P03"])
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_drain_that_fails_for_a_moment_is_tried_three_times(db, state, failures):
+    """SKIP LOCKED waits all the same for a row whose newer version is being written, up to lock_timeout."""
+    add_pairs(db, 1)
+    with bypass(db):
+        set_level(db, PROGRESS, 1, 5)
+    db.execute(
+        "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message, next_attempt_at)"
+        " values (1, 'PLAYER', 'progress', 'level_changed', '55P03', 'held', '-infinity')"
+    )
+    db.execute("create sequence tries")
+    refusal = f"if nextval('public.tries') <= {failures} then raise sqlstate '{state}' using message = 'busy'; end if"
+    user_trigger(db, "after delete on level_sync.sync_queue", refusal)
+    if failures == 3:
+        with pytest.raises(psycopg.Error, match="busy"):
+            drain(db)
+        assert (levels(db, 1), len(queued(db))) == ((5, 3), 1)
+    drain(db)
+    assert (levels(db, 1), queued(db)) == ((5, 5), [])
+
+
 @BOTH
 def test_a_queued_pair_whose_written_row_has_vanished_is_made_whole_by_the_drain(db, table):
     add_pairs(db, 1)

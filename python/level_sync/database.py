@@ -27,8 +27,8 @@ def read_dsn(dsn: str) -> dict[str, Any]:
     """
     try:
         parts = conninfo_to_dict(re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn))
-        if "@" in str(parts.get("host", ""))[1:]:
-            raise psycopg.ProgrammingError  # the end of a password, which libpq would tell as the host's name
+        if "@" in str(parts.get("host", ""))[1:] or "@" in str(parts.get("port", "")):
+            raise psycopg.ProgrammingError  # part of a password, which libpq would tell as the host's name or the port
         return parts | {"client_encoding": "UTF8"}
     except psycopg.ProgrammingError:
         raise DsnError(
