@@ -190,6 +190,25 @@ def test_a_level_above_what_xp_reaches_is_kept(db):
     assert update_progress(db, 1, xp=1000, sessions=5)["new_level"] == 6
 
 
+def test_each_student_has_totals_of_their_own_in_each_specialization(db):
+    for user in (1, 2):
+        db.execute("insert into users (id) values (%s)", [user])
+    pairs = [(1, "PLAYER"), (1, "COACH"), (2, "PLAYER"), (2, "COACH")]
+    for user, specialization in pairs + pairs:
+        xp = 100 * user + len(specialization)
+        answer = update_progress(db, user, xp=xp, sessions=user, specialization=specialization)
+    totals = (
+        "select student_id, specialization_id, total_xp, completed_sessions from specialization_progress order by 3"
+    )
+    assert db.execute(totals).fetchall() == [
+        (1, "COACH", 210, 2),
+        (1, "PLAYER", 212, 2),
+        (2, "COACH", 410, 4),
+        (2, "PLAYER", 412, 4),
+    ]
+    assert (answer["student_id"], answer["total_xp"]) == (2, 410)
+
+
 def test_xp_adds_up_and_sets_last_activity(db):
     add_pair(db, 1, level=1)
     update_progress(db, 1, xp=10)

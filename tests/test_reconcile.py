@@ -524,6 +524,7 @@ def test_progress_is_told_to_a_session_that_asks_and_to_no_other(database, db):
     assert told == []
     with bypass(db):
         db.execute("update user_licenses set current_level = 2 where user_id <= 40")
+        db.execute("delete from user_licenses where user_id > 998")  # the last user is that of either table
     db.execute("set level_sync.tell_progress = 'on'")
     reconcile(db)
     looking = [(at["done"], at["total"]) for at in told if at["phase"] == "looking"]
@@ -531,9 +532,10 @@ def test_progress_is_told_to_a_session_that_asks_and_to_no_other(database, db):
     assert len(looking) > 1
     assert looking == sorted(looking)
     assert all(0 < done < total == 999 for done, total in looking)
-    assert repairing == [(20, 40), (40, 40)]
+    assert repairing == [(20, 42), (40, 42), (42, 42)]
 
 
+@pytest.mark.leftovers
 def test_an_estimated_range_ends_with_a_user_that_fills_it_and_the_last_one_is_open(db):
     """What is inserted above the newest user meanwhile belongs to the last range."""
     db.execute(
@@ -544,11 +546,12 @@ def test_an_estimated_range_ends_with_a_user_that_fills_it_and_the_last_one_is_o
         f"insert into {PROGRESS} (student_id, specialization_id)"
         " select users.id, known.id from users, specializations as known"
     )
+    with bypass(db):
+        db.execute(f"delete from {LICENSE} where user_id > 250")  # the newest users have one side only
     db.execute(f"analyze {PROGRESS}, {LICENSE}")
-    ends = [
-        db.execute("select level_sync._end_of_range(%s, %s)", at).fetchone() for at in [(7, 1), (500, 1), (1, 100000)]
-    ]
-    assert ends == [(7,), (None,), (None,)]
+    ranges = [(7, 1), (300, 1), (500, 1), (1, 100000)]
+    ends = [db.execute("select level_sync._end_of_range(%s, %s)", each).fetchone() for each in ranges]
+    assert ends == [(7,), (300,), (None,), (None,)]
 
 
 def test_ranges_that_are_estimated_leave_no_user_out(db):
