@@ -2,8 +2,8 @@
 #             with SERVER=system on the machine's own PostgreSQL, where pg_cron is seen to run the job
 # make test   everything the tests need, then the tests
 # make proof  the same with long versions, on PostgreSQL 16 as well, as root also as an ordinary user, and then the
-#             mutations: about an hour. A part of it: make proof PROOF=tests/test_crashes.py, make ordinary-user, or
-#             make mutations MUTATIONS='--count 60 --seed 1'
+#             mutations: an hour and a quarter on 2 cores. A part of it: make proof PROOF=tests/test_crashes.py,
+#             make ordinary-user, or make mutations MUTATIONS='--count 60 --seed 1'
 # make bench  level_sync against what people would use instead
 #             make bench BENCH='--server embedded --only one,hot' for a part; --help says what else
 
