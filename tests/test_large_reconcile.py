@@ -117,5 +117,7 @@ def test_every_planted_desync_is_repaired_and_nothing_else_while_clients_write(d
         f"{planted} of {pairs} pairs repaired in {first} s;"
         f" writers' p99 {alone:.1f} ms alone, {beside:.1f} ms beside it",
     )
-    slack = 0 if pairs == 1_000_000 else 25  # beside other tests some milliseconds are noise; a held lock is more
+    # A lock that is held, or waited for, is many milliseconds. Less is noise: one where nothing else runs, since
+    # a reader and the writers share two cores, and some beside other tests.
+    slack = 1 if pairs == 1_000_000 else 25
     assert beside <= 2 * alone + slack
