@@ -92,6 +92,15 @@ def test_verify_without_a_grant_says_in_its_own_form_what_it_takes(database, db,
         assert words in table.stdout
 
 
+def test_checks_that_are_cut_off_are_no_desync_and_no_lost_connection(database, db):
+    dsn = psycopg.conninfo.make_conninfo(database.dsn, options="-c statement_timeout=1")
+    done = command_line.run("verify", "--json", "--dsn", dsn)
+    [check] = json.loads(done.stdout)["checks"]
+    assert (done.exit_code, check["name"], check["ok"]) == (DRIFT, "health", None)
+    assert "statement timeout" in check["detail"]
+    assert "grant" not in check["hint"]
+
+
 @pytest.mark.parametrize("rights", ["reader", "operator"])
 def test_what_both_see_is_what_the_owner_sees(database, db, role, rights):
     add_pairs(db, 3)

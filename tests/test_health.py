@@ -410,7 +410,7 @@ def with_cron():
 
 def test_health_itself_judges_the_jobs_where_it_can_read_them(with_cron):
     with psycopg.connect(with_cron) as connection:
-        assert [name for name, row in health(connection).items() if row[0] is not True] == []
+        assert {name: row for name, row in health(connection).items() if row[0] is not True} == {}
         for statement, name, detail in CRON_BREAKAGES.values():
             with connection.transaction(force_rollback=True):
                 connection.execute(statement.replace("{database}", "academy"))

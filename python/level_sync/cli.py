@@ -26,7 +26,7 @@ from level_sync import install
 from level_sync import schedule as jobs
 from level_sync import verify as verification
 from level_sync import watch as alarm
-from level_sync.database import DsnError, connect, queries, read_dsn
+from level_sync.database import NOT_INSTALLED, DsnError, connect, is_away, queries, read_dsn
 from level_sync.servers import ServerError
 from level_sync.text import printable
 
@@ -73,17 +73,13 @@ def _plain_errors() -> Iterator[None]:
     """Prints what went wrong and what to do instead of a traceback. Exit code 32: no connection; 1: anything else."""
     try:
         yield
-    except (
-        psycopg.errors.InvalidSchemaName,
-        psycopg.errors.UndefinedTable,
-        psycopg.errors.UndefinedFunction,
-    ) as error:
+    except NOT_INSTALLED as error:
         error_console.print(
             f"level_sync is not installed in this database, or too old ({_message(error)}): run level-sync migrate."
         )
         raise typer.Exit(1) from error
     except psycopg.OperationalError as error:
-        if not _is_away(error):
+        if not is_away(error):
             error_console.print(f"{_message(error)} (SQLSTATE {error.sqlstate})", markup=False)
             raise typer.Exit(1) from error
         error_console.print(f"No connection: {_message(error)}", markup=False)
@@ -92,11 +88,6 @@ def _plain_errors() -> Iterator[None]:
     except (psycopg.Error, DsnError, install.MigrateError, demonstration.DemoError, ServerError, OSError) as error:
         error_console.print(_message(error), markup=False)
         raise typer.Exit(1) from error
-
-
-def _is_away(error: psycopg.Error) -> bool:
-    """Whether there is no connection: what a server answers has a SQLSTATE."""
-    return isinstance(error, psycopg.OperationalError) and error.sqlstate is None
 
 
 def _message(error: Exception) -> str:
@@ -644,7 +635,7 @@ def watch(
 
 def _why_no_check(error: psycopg.Error) -> verification.Check:
     """Stands for all checks, where none could be made."""
-    if _is_away(error):
+    if is_away(error):
         return verification.Check("connection", False, _message(error), "Give --dsn, or set DATABASE_URL.")
     hint = "Remove the cause, and verify again."
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
@@ -669,7 +660,7 @@ def verify(
         try:
             checks = verification.verify(dsn, live=live)
         except psycopg.Error as error:
-            if not as_json and _is_away(error):
+            if not as_json and is_away(error):
                 raise
             checks = [_why_no_check(error)]
     code = verification.exit_code(checks)

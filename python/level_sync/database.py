@@ -11,6 +11,9 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 
+# What a database answers in which level_sync, or pg_cron, is not installed.
+NOT_INSTALLED = (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction)
+
 
 class DsnError(Exception):
     """A connection string cannot be read. The message does not repeat it, since it may hold a password."""
@@ -50,3 +53,8 @@ def connect(dsn: str, database: str | None = None, **options: Any) -> psycopg.Co
         return psycopg.connect(autocommit=True, row_factory=dict_row, **arguments)
     except UnicodeError as error:  # a label of the host's name that is empty or longer than 63 characters
         raise psycopg.OperationalError(f"the host's name cannot be looked up: {error}") from None
+
+
+def is_away(error: psycopg.Error) -> bool:
+    """Whether there is no connection: what a server answers to a query has a SQLSTATE."""
+    return isinstance(error, psycopg.OperationalError) and error.sqlstate is None

@@ -63,10 +63,14 @@ class LevelSyncCollector(Collector):
         """The scanning of that reader; None where this is asked only once."""
         self.reader = reader
         self.scanning = scanning
-        self.is_up = True
-        self._reason = ""
+        self._why_down: str | None = None
         self._latest: list[GaugeMetricFamily] = []
         self._latest_at = float("-inf")
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the database answered the last time it was asked."""
+        return self._why_down is None
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """The names that ?name[] of a scrape may ask for, without a look at the database."""
@@ -113,14 +117,14 @@ class LevelSyncCollector(Collector):
 
     def _tell_down(self, reason: str) -> None:
         """Logs why, once for each reason and not at each scrape."""
-        if reason != self._reason:
+        if reason != self._why_down:
             log.warning("level_sync_up 0: %s", reason)
-        self.is_up, self._reason = False, reason
+        self._why_down = reason
 
     def _tell_up(self) -> None:
         if not self.is_up:
             log.warning("level_sync_up 1")
-        self.is_up, self._reason = True, ""
+        self._why_down = None
 
     def _told_first(self) -> Iterator[GaugeMetricFamily]:
         yield gauge("build_info", {(version("level-sync"),): 1}, "version")

@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import psycopg
 
-from level_sync.database import connect, queries
-
-NO_EXTENSION = (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction)
-
-
-@contextmanager
-def _of_pg_cron(dsn: str, cron_database: str) -> Iterator[psycopg.Connection[Any]]:
-    try:
-        with connect(dsn, database=cron_database) as connection:
-            yield connection
-    except NO_EXTENSION as error:
-        raise psycopg.errors.FeatureNotSupported(
-            f"pg_cron is preloaded for database {cron_database}, but its extension is not there: "
-            "run create extension pg_cron; in it, as a superuser"
-        ) from error
+from level_sync.database import NOT_INSTALLED, connect, queries
 
 
 def schedule(dsn: str, cron_expression: str | None = None) -> tuple[str, str]:
@@ -38,9 +20,15 @@ def schedule(dsn: str, cron_expression: str | None = None) -> tuple[str, str]:
             return answer["schedule"], connection.info.dbname
         expression: str = queries.settings(connection)["schedule"] if cron_expression is None else cron_expression
         queries.check_cron_expression(connection, cron_expression=expression)
-        with _of_pg_cron(dsn, access["cron_database"]) as cron_connection:
-            for job in queries.wanted_cron_jobs(connection, cron_expression=expression):
-                queries.schedule_elsewhere(cron_connection, **job, database=connection.info.dbname)
+        try:
+            with connect(dsn, database=access["cron_database"]) as cron_connection:
+                for job in queries.wanted_cron_jobs(connection, cron_expression=expression):
+                    queries.schedule_elsewhere(cron_connection, **job, database=connection.info.dbname)
+        except NOT_INSTALLED as error:
+            raise psycopg.errors.FeatureNotSupported(
+                f"pg_cron is preloaded for database {access['cron_database']}, but its extension is not there: "
+                "run create extension pg_cron; in it, as a superuser"
+            ) from error
         queries.keep_schedule(connection, cron_expression=expression)
         return expression, access["cron_database"]
 
@@ -57,6 +45,6 @@ def unschedule(dsn: str) -> int:
             try:
                 with connect(dsn, database=access["cron_database"]) as cron_connection:
                     removed = queries.unschedule_elsewhere(cron_connection, database=connection.info.dbname)
-            except NO_EXTENSION:
+            except NOT_INSTALLED:
                 removed = 0
     return removed

@@ -14,8 +14,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from level_sync import install
-from level_sync.database import connect, queries
-from level_sync.schedule import NO_EXTENSION
+from level_sync.database import NOT_INSTALLED, connect, queries
 
 DESYNC, DRIFT, SCHEDULE, QUEUE, FOREIGN_KEYS, NO_CONNECTION = 1, 2, 4, 8, 16, 32
 
@@ -83,7 +82,7 @@ def checks_of(connection: psycopg.Connection[Any], dsn: str, *, live: bool = Fal
     """Makes every check over an open connection; the dsn is for the database of pg_cron, where that is another one."""
     try:
         checks = [Check(**row) for row in queries.health(connection)]
-    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction) as error:
+    except NOT_INSTALLED as error:
         detail = f"level_sync is not there, or only half: {str(error).strip()}"
         return [Check("installation", False, detail, "Run level-sync migrate.")]
     checks.append(_compare_with_shipped(connection))
@@ -130,7 +129,7 @@ def _look_into_cron_database(dsn: str, connection: psycopg.Connection[Any], cron
         ):
             row = cursor.execute(queries.cron_jobs_query(connection)).fetchone()
             are_others_hidden = queries.are_other_roles_jobs_hidden(cron_connection)
-    except NO_EXTENSION:
+    except NOT_INSTALLED:
         detail = f"pg_cron is preloaded, but its extension is not in database {cron_database}"
         hint = f"In {cron_database}, as a superuser: create extension pg_cron; then run level-sync schedule."
         return [Check("schedule", False, detail, hint)]

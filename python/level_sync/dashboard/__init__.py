@@ -32,7 +32,7 @@ from starlette.staticfiles import StaticFiles
 
 from level_sync.dashboard import chart as picture
 from level_sync.dashboard.doubt import doubt_of
-from level_sync.database import queries
+from level_sync.database import is_away, queries
 from level_sync.runbook import section_of
 from level_sync.scan import Reader, Scanning
 from level_sync.text import printable
@@ -147,15 +147,14 @@ class Dashboard:
             except psycopg.Error as error:
                 self._last.pop(address, None)
                 reason = " ".join(str(error).split())
-                is_away = error.sqlstate is None
-                title = (
-                    "The database answers, but level_sync cannot be read"
-                    if not is_away
-                    else "The database refuses the connection"
-                    if "FATAL:" in reason
-                    else "The database does not answer"
-                )
-                return HTMLResponse(render(request, "away.html", title=title, error=reason, is_away=is_away), 503)
+                if not is_away(error):
+                    title = "The database answers, but level_sync cannot be read"
+                elif "FATAL:" in reason:  # libpq tells a refusal in no other way
+                    title = "The database refuses the connection"
+                else:
+                    title = "The database does not answer"
+                page = render(request, "away.html", title=title, error=reason, is_away=is_away(error))
+                return HTMLResponse(page, 503)
             finally:
                 self.reader.is_connected.release()
 
