@@ -240,6 +240,18 @@ $$;
 comment on function level_sync._plan_range(bigint, text, bigint, integer) is
   'Writes the desyncs of a range of users into sync_plan and returns the first user of the next range, NULL at the end.';
 
+create or replace function level_sync._sample_of_plan(plan_id bigint)
+  returns setof level_sync.sync_plan
+  language sql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select * from level_sync.sync_plan as plan where plan.run_id = plan_id order by plan.user_id, plan.specialization limit 20
+$$;
+
+comment on function level_sync._sample_of_plan(bigint) is
+  'The first pairs of a plan, which the log of its run shows. They are in sync_plan until the run ends.';
+
 -- Repairs one batch of a plan: only pairs nobody holds, and only those that still are as the plan saw them. A pair that
 -- waits in the queue is left to the drain, or to a person if it is dead, because its entry knows which side was written
 -- last; unless the run was told its direction by a person.
@@ -254,6 +266,7 @@ create or replace function level_sync._repair_batch(run_id bigint, plan_id bigin
 as $$
 declare
   rule     record;
+  shown    record;
   planned  record;
   due      record;
   failures record;
@@ -262,6 +275,12 @@ begin
          (select sync_log.direction is null from level_sync.sync_log where sync_log.run_id = plan_id) as heeds_queue
     into rule
     from level_sync.settings;
+
+  select sample.user_id as last_user, sample.specialization as last_specialization
+    into shown
+    from level_sync._sample_of_plan(plan_id) as sample
+   order by sample.user_id desc, sample.specialization desc
+   limit 1;
 
   select array_agg(batch.user_id) as user_ids, array_agg(batch.specialization) as specializations,
          array_agg(batch.progress_level) as progress_levels, array_agg(batch.license_level) as license_levels,
@@ -282,16 +301,9 @@ begin
     return null;
   end if;
 
-  select array_agg(pair.user_id) filter (where pair.outcome is null) as user_ids,
-         array_agg(pair.specialization) filter (where pair.outcome is null) as specializations,
-         array_agg(pair.side) filter (where pair.outcome is null) as sides,
-         array_agg(pair.change) filter (where pair.outcome is null) as changes,
-         array_agg(pair.user_id) filter (where pair.outcome is not null) as left_ids,
-         array_agg(pair.specialization) filter (where pair.outcome is not null) as left_specializations,
-         array_agg(pair.outcome) filter (where pair.outcome is not null) as left_outcomes
-    into due
-    from level_sync._confirm_pairs(planned.user_ids, planned.specializations, planned.sides,
-                                   planned.progress_levels, planned.license_levels, rule.heeds_queue) as pair;
+  select * into due
+    from level_sync._confirm_planned(planned.user_ids, planned.specializations, planned.sides,
+                                   planned.progress_levels, planned.license_levels, rule.heeds_queue);
 
   update level_sync.sync_plan as plan
      set outcome = left_alone.outcome
@@ -308,43 +320,88 @@ begin
   select * into failures
     from level_sync._carry_pairs_that_can(due.user_ids, due.specializations, due.sides, due.changes,
                                           'reconcile', run_id, 1000000, null, null);
+  failures.failed_numbers := coalesce(failures.failed_numbers, '{}');
 
-  with outcome as materialized (
-    select pair.user_id, pair.specialization, pair.side, failed.pair_number is not null as has_failed,
-           coalesce(failed.state, '55000') as state,
-           coalesce(failed.message,
-                    'the level did not arrive: a trigger of the other table changed or dropped the write') as message
-      from unnest(due.user_ids, due.specializations, due.sides) with ordinality
-             as pair (user_id, specialization, side, pair_number)
-      left join unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
-                  as failed (pair_number, state, message)
-        on failed.pair_number = pair.pair_number
+  if cardinality(failures.failed_numbers) > 0 then
+    with failed as materialized (
+      select pair.user_id, pair.specialization, pair.side, coalesce(failed.state, '55000') as state,
+             coalesce(failed.message,
+                      'the level did not arrive: a trigger of the other table changed or dropped the write') as message
+        from unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
+               as failed (pair_number, state, message)
+        join unnest(due.user_ids, due.specializations, due.sides) with ordinality
+               as pair (user_id, specialization, side, pair_number)
+          on pair.pair_number = failed.pair_number
+    ), queued as (
+      insert into level_sync.sync_queue
+             (user_id, specialization, side, change, sqlstate, message, attempts, next_attempt_at, dead_at)
+      select failed.user_id, failed.specialization, failed.side, 'level_changed', failed.state, failed.message, 1,
+             clock_timestamp() + rule.retry_backoff,
+             case when rule.max_attempts = 1 then clock_timestamp() end
+        from failed
+       where not exists (
+               select from level_sync.sync_queue as waiting
+                where waiting.user_id = failed.user_id and waiting.specialization = failed.specialization)
+    )
+    update level_sync.sync_plan as plan
+       set outcome = 'failed'
+      from failed
+     where plan.run_id = plan_id
+       and plan.user_id between first_user and planned.last_user
+       and plan.user_id = failed.user_id
+       and plan.specialization = failed.specialization;
+  end if;
+
+  -- What is repaired stands in sync_events; of the plan, the log of the run shows the first pairs.
+  if first_user <= shown.last_user then
+    update level_sync.sync_plan as plan
+       set outcome = 'repaired'
+      from unnest(due.user_ids, due.specializations) with ordinality as pair (user_id, specialization, pair_number)
+     where pair.pair_number <> all (failures.failed_numbers)
+       and plan.run_id = plan_id
+       and plan.user_id between first_user and shown.last_user
+       and (plan.user_id, plan.specialization) <= (shown.last_user, shown.last_specialization)
+       and plan.user_id = pair.user_id
+       and plan.specialization = pair.specialization;
+  end if;
+
+  with repaired as materialized (
+    select pair.user_id, pair.specialization,
+           case pair.change when 'created' then 'create_' else 'update_' end
+           || case pair.side when 'progress' then 'license' else 'progress' end as action
+      from unnest(due.user_ids, due.specializations, due.sides, due.changes) with ordinality
+             as pair (user_id, specialization, side, change, pair_number)
+     where pair.pair_number <> all (failures.failed_numbers)
   ), settled as (
     -- A pair that is equal now has nothing left to wait for, dead or not.
     delete from level_sync.sync_queue as queued
-     using outcome
-     where queued.user_id = outcome.user_id
-       and queued.specialization = outcome.specialization
-       and not outcome.has_failed
-  ), queued as (
-    insert into level_sync.sync_queue
-           (user_id, specialization, side, change, sqlstate, message, attempts, next_attempt_at, dead_at)
-    select outcome.user_id, outcome.specialization, outcome.side, 'level_changed', outcome.state, outcome.message, 1,
-           clock_timestamp() + rule.retry_backoff,
-           case when rule.max_attempts = 1 then clock_timestamp() end
-      from outcome
-     where outcome.has_failed
-       and not exists (
-         select from level_sync.sync_queue as waiting
-          where waiting.user_id = outcome.user_id and waiting.specialization = outcome.specialization)
+     using repaired
+     where queued.user_id between first_user and planned.last_user
+       and queued.user_id = repaired.user_id
+       and queued.specialization = repaired.specialization
+  ), forgotten as (
+    delete from level_sync.sync_plan as plan
+     using repaired
+     where plan.run_id = plan_id
+       and plan.user_id between first_user and planned.last_user
+       and plan.outcome = 'planned'
+       and plan.user_id = repaired.user_id
+       and plan.specialization = repaired.specialization
   )
-  update level_sync.sync_plan as plan
-     set outcome = case when outcome.has_failed then 'failed' else 'repaired' end
-    from outcome
-   where plan.run_id = plan_id
-     and plan.user_id between first_user and planned.last_user
-     and plan.user_id = outcome.user_id
-     and plan.specialization = outcome.specialization;
+  update level_sync.sync_log as log
+     set synced_count = coalesce(log.synced_count, 0) + (select count(*) from repaired),
+         results = jsonb_build_object('repairs', (
+           select coalesce(jsonb_object_agg(summed.action, summed.pairs), '{}')
+             from (
+               select every.action, sum(every.pairs) as pairs
+                 from (
+                   select repaired.action, count(*) as pairs from repaired group by repaired.action
+                    union all
+                   select before.action, before.pairs::bigint
+                     from jsonb_each_text(log.results -> 'repairs') as before (action, pairs)
+                 ) as every
+                group by every.action) as summed))
+   where log.run_id = _repair_batch.run_id;
 
   return planned.last_user;
 end
@@ -353,10 +410,11 @@ $$;
 comment on function level_sync._repair_batch(bigint, bigint, bigint, integer) is
   'Repairs the next pairs of a plan, from first_user on, in one transaction. Returns the last user it looked at, NULL when nothing is left.';
 
-create or replace function level_sync._confirm_pairs(
-    user_ids bigint[], specializations text[], sides text[], progress_levels integer[], license_levels integer[],
-    heeds_queue boolean)
-  returns table (user_id bigint, specialization text, side text, change text, outcome text)
+create or replace function level_sync._confirm_planned(
+    planned_ids bigint[], planned_specializations text[], planned_sides text[], progress_levels integer[],
+    license_levels integer[], heeds_queue boolean,
+    out user_ids bigint[], out specializations text[], out sides text[], out changes text[],
+    out left_ids bigint[], out left_specializations text[], out left_outcomes text[])
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
@@ -366,43 +424,52 @@ declare
   free record;
   ends record;
 begin
-  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(planned_ids) as pair (user_id);
   select array_agg(locked.pair_number) as pair_numbers,
          array_agg(locked.has_progress) as has_progress, array_agg(locked.progress_level) as progress_levels,
          array_agg(locked.has_license) as has_license, array_agg(locked.license_level) as license_levels
     into free
-    from level_sync._lock_free_pairs(user_ids, specializations) as locked;
+    from level_sync._lock_free_pairs(planned_ids, planned_specializations) as locked;
 
   -- A new statement sees what was queued before the locks were granted.
-  return query
-    select pair.user_id, pair.specialization, pair.side,
-           -- A missing row cannot be locked: should it come just now, the higher of the two levels stands.
-           case when locked.has_progress and locked.has_license then 'level_changed' else 'created' end,
-           case when locked.pair_number is null then 'held'
-                when heeds_queue and waiting.user_id is not null then 'queued'
-                when locked.progress_level is distinct from pair.progress_level
-                  or locked.license_level is distinct from pair.license_level then 'changed'
-           end
-      from unnest(user_ids, specializations, sides, progress_levels, license_levels) with ordinality
-             as pair (user_id, specialization, side, progress_level, license_level, pair_number)
-      left join unnest(free.pair_numbers, free.has_progress, free.progress_levels, free.has_license, free.license_levels)
-                  as locked (pair_number, has_progress, progress_level, has_license, license_level)
-        on locked.pair_number = pair.pair_number
-      left join (
-        select queued.user_id, queued.specialization
-          from level_sync.sync_queue as queued
-         where queued.user_id between ends.first_user and ends.last_user
-         union
-        select left_behind.user_id, left_behind.specialization
-          from level_sync.pending_pairs as left_behind
-         where left_behind.user_id between ends.first_user and ends.last_user
-      ) as waiting
-        on waiting.user_id = pair.user_id and waiting.specialization = pair.specialization;
+  select array_agg(pair.user_id) filter (where pair.outcome is null),
+         array_agg(pair.specialization) filter (where pair.outcome is null),
+         array_agg(pair.side) filter (where pair.outcome is null),
+         array_agg(pair.change) filter (where pair.outcome is null),
+         array_agg(pair.user_id) filter (where pair.outcome is not null),
+         array_agg(pair.specialization) filter (where pair.outcome is not null),
+         array_agg(pair.outcome) filter (where pair.outcome is not null)
+    into user_ids, specializations, sides, changes, left_ids, left_specializations, left_outcomes
+    from (
+      select pair.user_id, pair.specialization, pair.side,
+             -- A missing row cannot be locked: should it come just now, the higher of the two levels stands.
+             case when locked.has_progress and locked.has_license then 'level_changed' else 'created' end as change,
+             case when locked.pair_number is null then 'held'
+                  when heeds_queue and waiting.user_id is not null then 'queued'
+                  when locked.progress_level is distinct from pair.progress_level
+                    or locked.license_level is distinct from pair.license_level then 'changed'
+             end as outcome
+        from unnest(planned_ids, planned_specializations, planned_sides, progress_levels, license_levels) with ordinality
+               as pair (user_id, specialization, side, progress_level, license_level, pair_number)
+        left join unnest(free.pair_numbers, free.has_progress, free.progress_levels, free.has_license, free.license_levels)
+                    as locked (pair_number, has_progress, progress_level, has_license, license_level)
+          on locked.pair_number = pair.pair_number
+        left join (
+          select queued.user_id, queued.specialization
+            from level_sync.sync_queue as queued
+           where queued.user_id between ends.first_user and ends.last_user
+           union
+          select left_behind.user_id, left_behind.specialization
+            from level_sync.pending_pairs as left_behind
+           where left_behind.user_id between ends.first_user and ends.last_user
+        ) as waiting
+          on waiting.user_id = pair.user_id and waiting.specialization = pair.specialization
+    ) as pair;
 end
 $$;
 
-comment on function level_sync._confirm_pairs(bigint[], text[], text[], integer[], integer[], boolean) is
-  'Locks the pairs nobody holds. outcome: held, queued, changed (no longer has the levels given), or NULL where it may be repaired. change: created where a row is missing, else level_changed.';
+comment on function level_sync._confirm_planned(bigint[], text[], text[], integer[], integer[], boolean) is
+  'Locks the pairs nobody holds and tells those that may be repaired from those to be left, whose outcome is held, queued, or changed (no longer has the levels given). change: created where a row is missing, else level_changed.';
 
 create or replace function level_sync._finish_run(run_id bigint, plan_id bigint, status text, error text)
   returns void
@@ -419,7 +486,14 @@ begin
     select plan.issue_type, plan.action, plan.outcome, count(*) as pairs
       from level_sync.sync_plan as plan
      where plan.run_id = plan_id
+       and plan.outcome <> 'repaired'
      group by plan.issue_type, plan.action, plan.outcome
+     union all
+    select case repaired.action when 'create_license' then 'missing_license' when 'create_progress' then 'missing_progress'
+                                else 'level_mismatch' end,
+           repaired.action, 'repaired', repaired.pairs::bigint
+      from level_sync.sync_log, jsonb_each_text(sync_log.results -> 'repairs') as repaired (action, pairs)
+     where sync_log.run_id = _finish_run.run_id
   ), summed as (
     select sum(counted.pairs) as found,
            sum(counted.pairs) filter (where counted.outcome = 'repaired') as repaired,
@@ -444,8 +518,7 @@ begin
                from (select counted.outcome, sum(counted.pairs) as pairs from counted group by counted.outcome) as by_outcome),
            'sample', (
              select coalesce(jsonb_agg(to_jsonb(sample) - 'run_id'), '[]')
-               from (select * from level_sync.sync_plan as plan
-                      where plan.run_id = plan_id order by plan.user_id, plan.specialization limit 20) as sample)) as results
+               from level_sync._sample_of_plan(plan_id) as sample)) as results
     into counts
     from summed;
 
@@ -474,7 +547,7 @@ $$;
 comment on function level_sync._finish_run(bigint, bigint, text, text) is
   'Closes the row of a run with its counts and sends it as NOTIFY level_sync.';
 
-create or replace function level_sync._tell_progress(phase text, at_user bigint, plan_id bigint)
+create or replace function level_sync._tell_progress(phase text, at_user bigint, run_id bigint, plan_id bigint)
   returns void
   language plpgsql
   security definer
@@ -493,15 +566,19 @@ begin
                             greatest(max(progress.student_id), (select max(license.user_id) from public.user_licenses as license))::numeric as last
                        from public.specialization_progress as progress) as ends)
            else (
-             select jsonb_build_object('done', count(*) filter (where plan.outcome <> 'planned'), 'total', count(*))
-               from level_sync.sync_plan as plan where plan.run_id = plan_id)
+             select jsonb_build_object('done', repaired + others.decided, 'total', repaired + others.pairs)
+               from (select coalesce(sync_log.synced_count, 0) from level_sync.sync_log
+                      where sync_log.run_id = _tell_progress.run_id) as log (repaired),
+                    (select count(*) as pairs, count(*) filter (where plan.outcome <> 'planned') as decided
+                       from level_sync.sync_plan as plan
+                      where plan.run_id = plan_id and plan.outcome <> 'repaired') as others)
          end
     into progress;
   raise notice using message = 'level_sync progress', detail = (progress || jsonb_build_object('phase', phase))::text;
 end
 $$;
 
-comment on function level_sync._tell_progress(text, bigint, bigint) is
+comment on function level_sync._tell_progress(text, bigint, bigint, bigint) is
   'For a client that has set level_sync.tell_progress to on: how far a run is, as jsonb in the detail of a NOTICE.';
 
 create or replace function level_sync._count_planned(plan_id bigint)
@@ -573,13 +650,17 @@ begin
   while phase is not null and error is null loop
     begin
       begin
+        -- Nobody has to wait for the disk: what a crash takes back is found again, and the last COMMIT makes all durable.
+        if not is_inside_transaction then
+          set local synchronous_commit = off;
+        end if;
         if tries > 0 then
           perform pg_sleep(0.1 * tries);
         end if;
         if not pg_try_advisory_xact_lock(level_sync._run_lock()) then
           raise lock_not_available using message = 'another run has begun';
         end if;
-        perform level_sync._tell_progress(phase, next_user, plan_id);
+        perform level_sync._tell_progress(phase, next_user, run_id, plan_id);
         case phase
           when 'draining' then  -- Queued pairs know which side was written last.
             if level_sync._drain_batch(started_at) = 0 then

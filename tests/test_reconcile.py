@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import psycopg
@@ -495,10 +496,84 @@ def test_batches_are_committed_one_by_one(database, db):
     with pytest.raises(psycopg.errors.QueryCanceled):
         db.execute("call level_sync.reconcile()")
     run = last_run(db)
-    assert (run["status"], run["synced_count"]) == ("aborted", 30)
+    assert (run["status"], run["issues_found"], run["synced_count"]) == ("aborted", 60, 30)
+    assert run["results"]["outcomes"] == {"repaired": 30, "planned": 30}
+    assert [seen["outcome"] for seen in run["results"]["sample"]] == ["repaired"] * 20
     assert db.execute("select count(*) from user_licenses where current_level = 5").fetchone() == (30,)
     drop_user_trigger(db)
+    rest = reconcile(db, plan=run["run_id"])
+    assert (rest["issues_found"], rest["synced_count"]) == (30, 30)
+    assert [seen["user_id"] for seen in rest["results"]["sample"]] == list(range(31, 51))
+
+
+@pytest.mark.leftovers
+def test_counts_of_a_run_are_those_of_all_its_batches(db):
+    configure(db, batch_size=7)
+    add_pairs(db, 70)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5 where student_id % 2 = 0")
+        db.execute("delete from specialization_progress where student_id in (11, 51)")
+        db.execute("delete from user_licenses where user_id in (13, 33, 53)")
+    user_trigger(db, "before update on user_licenses", "if new.user_id in (2, 50) then raise 'closed'; end if")
+    run = reconcile(db)
+    assert (run["status"], run["issues_found"], run["synced_count"], run["failed_count"]) == ("partial", 40, 38, 2)
+    assert run["results"]["issues"] == {"level_mismatch": 35, "missing_license": 3, "missing_progress": 2}
+    assert run["results"]["actions"] == {"update_license": 35, "create_license": 3, "create_progress": 2}
+    assert run["results"]["repairs"] == {"update_license": 33, "create_license": 3, "create_progress": 2}
+    assert run["results"]["outcomes"] == {"repaired": 38, "failed": 2}
+    outcomes = [(seen["user_id"], seen["outcome"]) for seen in run["results"]["sample"]]
+    assert outcomes[:6] == [(2, "failed"), *((user, "repaired") for user in (4, 6, 8, 10, 11))]
+    assert {outcome for _, outcome in outcomes[1:]} == {"repaired"}
+    assert db.execute("select count(*) from level_sync.sync_plan").fetchone() == (0,)
+
+
+@pytest.mark.leftovers
+def test_run_whose_session_dies_has_told_what_it_had_repaired(database, db):
+    configure(db, batch_size=10)
+    add_pairs(db, 60)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5")
+    user_trigger(
+        db,
+        "before update on user_licenses",
+        "if new.user_id = 35 then perform pg_terminate_backend(pg_backend_pid()); end if",
+    )
+    with pytest.raises(psycopg.OperationalError):
+        database.connect().execute("call level_sync.reconcile()")
+    died = last_run(db)
+    assert (died["status"], died["synced_count"], died["results"]) == (
+        "running",
+        30,
+        {"repairs": {"update_license": 30}},
+    )
+    drop_user_trigger(db)
     assert reconcile(db)["synced_count"] == 30
+    closed = db.execute("select status, synced_count from level_sync.sync_log where run_id = %s", [died["run_id"]])
+    assert closed.fetchone() == ("aborted", 30)
+
+
+def test_only_the_last_commit_of_a_run_waits_for_the_disk(db):
+    """It makes the batches before it durable, too. In somebody's transaction nothing is changed about theirs."""
+    configure(db, batch_size=1)
+    add_pairs(db, 2)
+    db.execute("create table public.waits (step text, setting text)")
+    noted = "insert into public.waits values ('{}', current_setting('synchronous_commit'))"
+    user_trigger(db, "before update on user_licenses", noted.format("repair"))
+    user_trigger(
+        db,
+        "before update on level_sync.sync_log",
+        noted.format("end"),
+        condition="when (new.status <> 'running')",
+        name="at_the_end",
+    )
+    for is_inside, expected in ((False, "off"), (True, "on")):
+        with bypass(db):
+            db.execute("update specialization_progress set current_level = current_level + 1")
+            db.execute("truncate public.waits")
+        with db.transaction() if is_inside else nullcontext():
+            reconcile(db)
+            assert db.execute("select * from public.waits").fetchall() == [("repair", expected)] * 2 + [("end", "on")]
+            assert db.execute("show synchronous_commit").fetchone() == ("on",)
 
 
 def test_specializations_are_filtered_and_unknown_ones_are_empty(broken):

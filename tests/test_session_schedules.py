@@ -228,7 +228,7 @@ RECONCILE = {
     "a pair that came right after it was planned is not touched": """
         levels 3 3
         A: bypass Y 2
-        gate _confirm_pairs
+        gate _confirm_planned
         R: reconcile towards Y | waits for gate
         A: X 5
         = 5 5
@@ -275,7 +275,7 @@ RECONCILE = {
     "a pair that its transaction left behind is the drain's": """
         levels 3 3
         A: bypass Y 2
-        gate _confirm_pairs
+        gate _confirm_planned
         R: reconcile | waits for gate
         A: leave behind Y
         open
@@ -1031,7 +1031,7 @@ PLANS_UNDO_MIGRATE_AND_CHECK = {
         A: bypass Y 2
         R: reconcile towards Y dry_run => true
         R: reconcile towards Y
-        gate _confirm_pairs
+        gate _confirm_planned
         R: reconcile plan => 1 | waits for gate
         U: select level_sync.undo(2)
         = 3 2
