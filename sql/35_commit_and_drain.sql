@@ -577,36 +577,36 @@ begin
   end if;
 
   -- Coalesced: the newest entry of a pair tells which side was written last.
-  with due as (
-    select distinct pair.user_id, pair.specialization
-      from unnest(ripe.user_ids, ripe.specializations) as pair (user_id, specialization)
-  ), taken as materialized (
-    select queued.*
+  with taken as materialized (
+    select queued.user_id, queued.specialization, queued.side, queued.change, queued.queue_id, queued.queued_at,
+           queued.attempts, queued.dead_at, queued.actor, queued.reason
       from level_sync.sync_queue as queued
-      join due on due.user_id = queued.user_id and due.specialization = queued.specialization
      where queued.user_id between ripe.first_user and ripe.last_user
-       for update of queued skip locked
-  ), latest as materialized (
-    select distinct on (taken.user_id, taken.specialization)
-           taken.user_id, taken.specialization, taken.side, taken.change, taken.queue_id, taken.actor, taken.reason,
+       and exists (
+             select from unnest(ripe.user_ids, ripe.specializations) as pair (user_id, specialization)
+              where pair.user_id = queued.user_id and pair.specialization = queued.specialization)
+       for update skip locked
+  ), ranked as materialized (
+    select taken.user_id, taken.specialization, taken.side, taken.change, taken.queue_id, taken.actor, taken.reason,
+           row_number() over pair as place,
            max(taken.attempts) filter (where taken.dead_at is null) over pair as attempts
       from taken
     window pair as (
              partition by taken.user_id, taken.specialization order by taken.queued_at desc, taken.queue_id desc
              rows between unbounded preceding and unbounded following)
-     order by taken.user_id, taken.specialization, taken.queued_at desc, taken.queue_id desc
   ), coalesced as (
     delete from level_sync.sync_queue as queued
-     using taken
-     where taken.queue_id not in (select latest.queue_id from latest)
-       and queued.user_id = taken.user_id
-       and queued.queue_id = taken.queue_id
+     using ranked
+     where ranked.place > 1
+       and queued.user_id = ranked.user_id
+       and queued.queue_id = ranked.queue_id
   )
-  select array_agg(latest.user_id) as user_ids, array_agg(latest.specialization) as specializations,
-         array_agg(latest.side) as sides, array_agg(latest.change) as changes, array_agg(latest.queue_id) as queue_ids,
-         array_agg(latest.attempts) as attempts, array_agg(latest.actor) as actors, array_agg(latest.reason) as reasons
+  select array_agg(newest.user_id) as user_ids, array_agg(newest.specialization) as specializations,
+         array_agg(newest.side) as sides, array_agg(newest.change) as changes, array_agg(newest.queue_id) as queue_ids,
+         array_agg(newest.attempts) as attempts, array_agg(newest.actor) as actors, array_agg(newest.reason) as reasons
     into pairs
-    from latest;
+    from ranked as newest
+   where newest.place = 1;
 
   -- A statement of its own: the next one's snapshot has what was queued until the locks were taken.
   select array_agg(locked.pair_number) as pair_numbers, array_agg(locked.has_progress) as has_progress,
