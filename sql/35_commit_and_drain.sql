@@ -469,8 +469,10 @@ select level_sync._ensure_trigger('level_sync.pending_commits', 'moves_committed
 $trigger$, 'At commit: the pair that was left is judged like a delete, the new one like an insert.');
 
 -- The drain. It locks both rows of a pair before it looks at them, and leaves alone what somebody else holds.
-create or replace function level_sync._lock_free_pairs(user_ids bigint[], specializations text[])
-  returns table (pair_number bigint, has_progress boolean, progress_level integer, has_license boolean, license_level integer)
+create or replace function level_sync._lock_pairs_that_are_free(
+    user_ids bigint[], specializations text[],
+    out pair_numbers bigint[], out has_progress boolean[], out progress_levels integer[], out has_license boolean[],
+    out license_levels integer[])
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
@@ -480,44 +482,45 @@ declare
   ends record;
 begin
   select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
-  return query
-    with pair as materialized (
-      select pair.user_id, pair.specialization, pair.pair_number
-        from unnest(user_ids, specializations) with ordinality as pair (user_id, specialization, pair_number)
-    ), locked_progress as materialized (
-      select pair.pair_number, progress.current_level
-        from pair
-        join public.specialization_progress as progress
-          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-         and progress.student_id between ends.first_user and ends.last_user
-         for no key update of progress skip locked
-    ), locked_license as materialized (
-      select pair.pair_number, license.current_level
-        from pair
-        join public.user_licenses as license
-          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-         and license.user_id between ends.first_user and ends.last_user
-         for no key update of license skip locked
-    )
-    select pair.pair_number, locked_progress.pair_number is not null, locked_progress.current_level,
-           locked_license.pair_number is not null, locked_license.current_level
+  with pair as materialized (
+    select pair.user_id, pair.specialization, pair.pair_number
+      from unnest(user_ids, specializations) with ordinality as pair (user_id, specialization, pair_number)
+  ), locked_progress as materialized (
+    select pair.pair_number, progress.current_level
       from pair
-      left join locked_progress on locked_progress.pair_number = pair.pair_number
-      left join locked_license on locked_license.pair_number = pair.pair_number
-     where (locked_progress.pair_number is not null
-            or not exists (
-              select from public.specialization_progress as progress
-               where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-                 and progress.student_id between ends.first_user and ends.last_user))
-       and (locked_license.pair_number is not null
-            or not exists (
-              select from public.user_licenses as license
-               where license.user_id = pair.user_id and license.specialization_type = pair.specialization
-                 and license.user_id between ends.first_user and ends.last_user));
+      join public.specialization_progress as progress
+        on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+       and progress.student_id between ends.first_user and ends.last_user
+       for no key update of progress skip locked
+  ), locked_license as materialized (
+    select pair.pair_number, license.current_level
+      from pair
+      join public.user_licenses as license
+        on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+       and license.user_id between ends.first_user and ends.last_user
+       for no key update of license skip locked
+  )
+  select array_agg(pair.pair_number),
+         array_agg(locked_progress.pair_number is not null), array_agg(locked_progress.current_level),
+         array_agg(locked_license.pair_number is not null), array_agg(locked_license.current_level)
+    into pair_numbers, has_progress, progress_levels, has_license, license_levels
+    from pair
+    left join locked_progress on locked_progress.pair_number = pair.pair_number
+    left join locked_license on locked_license.pair_number = pair.pair_number
+   where (locked_progress.pair_number is not null
+          or not exists (
+            select from public.specialization_progress as progress
+             where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+               and progress.student_id between ends.first_user and ends.last_user))
+     and (locked_license.pair_number is not null
+          or not exists (
+            select from public.user_licenses as license
+             where license.user_id = pair.user_id and license.specialization_type = pair.specialization
+               and license.user_id between ends.first_user and ends.last_user));
 end
 $$;
 
-comment on function level_sync._lock_free_pairs(bigint[], text[]) is
+comment on function level_sync._lock_pairs_that_are_free(bigint[], text[]) is
   'Locks the rows of the pairs that nobody holds, without waiting, and returns their numbers, counted from 1, and their levels as locked. A missing row cannot be locked: it may come any time.';
 
 create or replace function level_sync._drain_batch(due_before timestamptz)
@@ -609,10 +612,7 @@ begin
    where newest.place = 1;
 
   -- A statement of its own: the next one's snapshot has what was queued until the locks were taken.
-  select array_agg(locked.pair_number) as pair_numbers, array_agg(locked.has_progress) as has_progress,
-         array_agg(locked.has_license) as has_license
-    into lockable
-    from level_sync._lock_free_pairs(pairs.user_ids, pairs.specializations) as locked;
+  select * into lockable from level_sync._lock_pairs_that_are_free(pairs.user_ids, pairs.specializations);
 
   -- The row that was written may be gone, by a way that triggers do not see: then the one that is left is the truth.
   -- And one whose deletion waits here may have come back.

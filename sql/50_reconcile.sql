@@ -425,11 +425,7 @@ declare
   ends record;
 begin
   select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(planned_ids) as pair (user_id);
-  select array_agg(locked.pair_number) as pair_numbers,
-         array_agg(locked.has_progress) as has_progress, array_agg(locked.progress_level) as progress_levels,
-         array_agg(locked.has_license) as has_license, array_agg(locked.license_level) as license_levels
-    into free
-    from level_sync._lock_free_pairs(planned_ids, planned_specializations) as locked;
+  select * into free from level_sync._lock_pairs_that_are_free(planned_ids, planned_specializations);
 
   -- A new statement sees what was queued before the locks were granted.
   select array_agg(pair.user_id) filter (where pair.outcome is null),

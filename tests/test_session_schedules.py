@@ -376,7 +376,7 @@ DRAIN = {
         A: X 4
         = 4 3 queued X
         H: commit
-        gate _lock_free_pairs
+        gate _lock_pairs_that_are_free
         D: drain | waits for gate
         H: hold X
         B: Y 6
@@ -445,7 +445,7 @@ DRAIN = {
         = 4 3 queued X
         H: commit
         D: set default_transaction_isolation = 'repeatable read'
-        gate _lock_free_pairs
+        gate _lock_pairs_that_are_free
         D: drain | waits for gate
         A: X 5
         open
@@ -460,7 +460,7 @@ DRAIN = {
         = 4 3 queued X
         H: commit
         D: set default_transaction_isolation = 'repeatable read'
-        gate _lock_free_pairs
+        gate _lock_pairs_that_are_free
         D: maintain | waits for gate
         A: X 5
         open
