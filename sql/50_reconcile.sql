@@ -303,7 +303,7 @@ begin
 
   select * into due
     from level_sync._confirm_planned(planned.user_ids, planned.specializations, planned.sides,
-                                   planned.progress_levels, planned.license_levels, rule.heeds_queue);
+                                     planned.progress_levels, planned.license_levels, rule.heeds_queue);
 
   update level_sync.sync_plan as plan
      set outcome = left_alone.outcome
