@@ -527,31 +527,6 @@ def test_counts_of_a_run_are_those_of_all_its_batches(db):
     assert db.execute("select count(*) from level_sync.sync_plan").fetchone() == (0,)
 
 
-@pytest.mark.leftovers
-def test_run_whose_session_dies_has_told_what_it_had_repaired(database, db):
-    configure(db, batch_size=10)
-    add_pairs(db, 60)
-    with bypass(db):
-        db.execute("update specialization_progress set current_level = 5")
-    user_trigger(
-        db,
-        "before update on user_licenses",
-        "if new.user_id = 35 then perform pg_terminate_backend(pg_backend_pid()); end if",
-    )
-    with pytest.raises(psycopg.OperationalError):
-        database.connect().execute("call level_sync.reconcile()")
-    died = last_run(db)
-    assert (died["status"], died["synced_count"], died["results"]) == (
-        "running",
-        30,
-        {"repairs": {"update_license": 30}},
-    )
-    drop_user_trigger(db)
-    assert reconcile(db)["synced_count"] == 30
-    closed = db.execute("select status, synced_count from level_sync.sync_log where run_id = %s", [died["run_id"]])
-    assert closed.fetchone() == ("aborted", 30)
-
-
 def test_only_the_last_commit_of_a_run_waits_for_the_disk(db):
     """It makes the batches before it durable, too. In somebody's transaction nothing is changed about theirs."""
     configure(db, batch_size=1)

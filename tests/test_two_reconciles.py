@@ -110,12 +110,14 @@ def test_run_whose_session_is_killed_is_marked_aborted_by_the_next_which_finishe
     with stopped_at_user_35(database, broken) as runner:
         assert broken.execute("select pg_terminate_backend(%s)", [runner.info.backend_pid]).fetchone() == (True,)
         wait_for(broken, f"not exists (select from pg_stat_activity where pid = {runner.info.backend_pid})")
-    assert last_run(broken)["status"] == "running"
+    died = last_run(broken)
+    repaired = {"repairs": {"update_license": 30}}  # told batch by batch
+    assert (died["status"], died["synced_count"], died["results"]) == ("running", 30, repaired)
     assert broken.execute("select ok from level_sync.health where name = 'running'").fetchone() == (False,)
     assert broken.execute("select count(*) from user_licenses where current_level = 5").fetchone() == (30,)
     broken.execute("call level_sync.reconcile()")
     rows = broken.execute("select status, error, synced_count from level_sync.sync_log order by run_id").fetchall()
-    assert rows == [("aborted", "its session ended before the run did", None), ("success", None, 30)]
+    assert rows == [("aborted", "its session ended before the run did", 30), ("success", None, 30)]
 
 
 def test_run_cancelled_says_aborted_at_once_and_raises(database, broken):
