@@ -252,6 +252,20 @@ $$;
 comment on function level_sync._sample_of_plan(bigint) is
   'The first pairs of a plan, which the log of its run shows. They are in sync_plan until the run ends.';
 
+create or replace function level_sync._forgotten_pairs(run_id bigint)
+  returns table (action text, pairs bigint)
+  language sql
+  stable
+  set search_path = pg_catalog, pg_temp
+as $$
+  select gone.action, gone.pairs::bigint
+    from level_sync.sync_log, jsonb_each_text(sync_log.results -> 'forgotten') as gone (action, pairs)
+   where sync_log.run_id = _forgotten_pairs.run_id
+$$;
+
+comment on function level_sync._forgotten_pairs(bigint) is
+  'How many pairs a run at work has repaired and taken out of its plan, by action.';
+
 -- Repairs one batch of a plan: only pairs nobody holds, and only those that still are as the plan saw them. A pair that
 -- waits in the queue is left to the drain, or to a person if it is dead, because its entry knows which side was written
 -- last; unless the run was told its direction by a person.
@@ -300,6 +314,11 @@ begin
   if planned.user_ids is null then
     return null;
   end if;
+
+  -- Counted at the end of the batch. Whoever holds this row is waited for now, while no pair is locked.
+  perform set_config('lock_timeout', '0', true);
+  perform from level_sync.sync_log as log where log.run_id = _repair_batch.run_id for no key update;
+  perform set_config('lock_timeout', '100ms', true);
 
   select * into due
     from level_sync._confirm_planned(planned.user_ids, planned.specializations, planned.sides,
@@ -366,11 +385,8 @@ begin
   end if;
 
   with repaired as materialized (
-    select pair.user_id, pair.specialization,
-           case pair.change when 'created' then 'create_' else 'update_' end
-           || case pair.side when 'progress' then 'license' else 'progress' end as action
-      from unnest(due.user_ids, due.specializations, due.sides, due.changes) with ordinality
-             as pair (user_id, specialization, side, change, pair_number)
+    select pair.user_id, pair.specialization
+      from unnest(due.user_ids, due.specializations) with ordinality as pair (user_id, specialization, pair_number)
      where pair.pair_number <> all (failures.failed_numbers)
   ), settled as (
     -- A pair that is equal now has nothing left to wait for, dead or not.
@@ -387,18 +403,18 @@ begin
        and plan.outcome = 'planned'
        and plan.user_id = repaired.user_id
        and plan.specialization = repaired.specialization
+    returning plan.action
   )
   update level_sync.sync_log as log
      set synced_count = coalesce(log.synced_count, 0) + (select count(*) from repaired),
-         results = jsonb_build_object('repairs', (
+         results = jsonb_build_object('forgotten', (
            select coalesce(jsonb_object_agg(summed.action, summed.pairs), '{}')
              from (
                select every.action, sum(every.pairs) as pairs
                  from (
-                   select repaired.action, count(*) as pairs from repaired group by repaired.action
+                   select forgotten.action, count(*) as pairs from forgotten group by forgotten.action
                     union all
-                   select before.action, before.pairs::bigint
-                     from jsonb_each_text(log.results -> 'repairs') as before (action, pairs)
+                   select before.action, before.pairs from level_sync._forgotten_pairs(log.run_id) as before
                  ) as every
                 group by every.action) as summed))
    where log.run_id = _repair_batch.run_id;
@@ -482,14 +498,12 @@ begin
     select plan.issue_type, plan.action, plan.outcome, count(*) as pairs
       from level_sync.sync_plan as plan
      where plan.run_id = plan_id
-       and plan.outcome <> 'repaired'
      group by plan.issue_type, plan.action, plan.outcome
      union all
-    select case repaired.action when 'create_license' then 'missing_license' when 'create_progress' then 'missing_progress'
-                                else 'level_mismatch' end,
-           repaired.action, 'repaired', repaired.pairs::bigint
-      from level_sync.sync_log, jsonb_each_text(sync_log.results -> 'repairs') as repaired (action, pairs)
-     where sync_log.run_id = _finish_run.run_id
+    select case forgotten.action when 'create_license' then 'missing_license' when 'create_progress' then 'missing_progress'
+                                 else 'level_mismatch' end,
+           forgotten.action, 'repaired', forgotten.pairs
+      from level_sync._forgotten_pairs(run_id) as forgotten
   ), summed as (
     select sum(counted.pairs) as found,
            sum(counted.pairs) filter (where counted.outcome = 'repaired') as repaired,
@@ -543,7 +557,7 @@ $$;
 comment on function level_sync._finish_run(bigint, bigint, text, text) is
   'Closes the row of a run with its counts and sends it as NOTIFY level_sync.';
 
-create or replace function level_sync._tell_progress(phase text, at_user bigint, run_id bigint, plan_id bigint)
+create or replace function level_sync._tell_progress(phase text, at_user bigint, plan_id bigint)
   returns void
   language plpgsql
   security definer
@@ -562,19 +576,19 @@ begin
                             greatest(max(progress.student_id), (select max(license.user_id) from public.user_licenses as license))::numeric as last
                        from public.specialization_progress as progress) as ends)
            else (
-             select jsonb_build_object('done', repaired + others.decided, 'total', repaired + others.pairs)
-               from (select coalesce(sync_log.synced_count, 0) from level_sync.sync_log
-                      where sync_log.run_id = _tell_progress.run_id) as log (repaired),
+             select jsonb_build_object('done', forgotten.pairs + kept.decided, 'total', forgotten.pairs + kept.pairs)
+               from (select coalesce(sum(gone.pairs), 0) as pairs
+                       from level_sync.sync_log, level_sync._forgotten_pairs(sync_log.run_id) as gone
+                      where sync_log.status = 'running') as forgotten,
                     (select count(*) as pairs, count(*) filter (where plan.outcome <> 'planned') as decided
-                       from level_sync.sync_plan as plan
-                      where plan.run_id = plan_id and plan.outcome <> 'repaired') as others)
+                       from level_sync.sync_plan as plan where plan.run_id = plan_id) as kept)
          end
     into progress;
   raise notice using message = 'level_sync progress', detail = (progress || jsonb_build_object('phase', phase))::text;
 end
 $$;
 
-comment on function level_sync._tell_progress(text, bigint, bigint, bigint) is
+comment on function level_sync._tell_progress(text, bigint, bigint) is
   'For a client that has set level_sync.tell_progress to on: how far a run is, as jsonb in the detail of a NOTICE.';
 
 create or replace function level_sync._count_planned(plan_id bigint)
@@ -656,7 +670,7 @@ begin
         if not pg_try_advisory_xact_lock(level_sync._run_lock()) then
           raise lock_not_available using message = 'another run has begun';
         end if;
-        perform level_sync._tell_progress(phase, next_user, run_id, plan_id);
+        perform level_sync._tell_progress(phase, next_user, plan_id);
         case phase
           when 'draining' then  -- Queued pairs know which side was written last.
             if level_sync._drain_batch(started_at) = 0 then

@@ -28,6 +28,7 @@ from academy import LICENSE, PROGRESS, add_pair, add_pairs, bypass, configure, s
 from command_line import run
 from conftest import dsn_of, free_port
 from level_sync import dashboard, metrics, scan, schedule
+from level_sync.dashboard import chart
 from level_sync.database import queries
 from level_sync.runbook import section_of
 from level_sync.scan import Reader, Scanning
@@ -265,6 +266,26 @@ TEXTS_IN_THE_WAY = """() => {
 
 
 @needs_chromium
+def test_a_run_that_died_is_as_high_in_the_picture_as_what_it_had_repaired(db):
+    add_pairs(db, 20)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5")
+    db.execute("call level_sync.reconcile()")
+    for repaired in (9000, 20):
+        db.execute(
+            "insert into level_sync.sync_log (status, job_start, job_end, synced_count, error)"
+            " values ('aborted', now() - interval '1 day', now() - interval '1 day', %s, 'died')",
+            [repaired],
+        )
+    since, until = db.execute("select now() - interval '21 days', now() + interval '1 hour'").fetchone()
+    with psycopg.connect(db.info.dsn, autocommit=True, row_factory=psycopg.rows.dict_row) as connection:
+        runs = connection.execute("select * from level_sync.sync_log order by job_start").fetchall()
+    picture = chart.chart_of(runs, since, until)
+    heights = {bar.run["run_id"]: bar.repaired for bar in picture.bars}
+    assert max(heights.values()) == heights[2] == chart.BARS
+    assert heights[1] == heights[3]
+
+
 def test_a_run_that_failed_is_seen_in_the_picture_and_all_of_it_is_readable(db, browser, site):
     troubled_academy(db)
     db.execute(

@@ -95,6 +95,39 @@ def test_second_run_at_once_is_skipped_and_repairs_nothing(database, broken):
     assert levels(broken, 60) == (5, 5)
 
 
+def test_run_waits_for_its_row_of_the_log_with_no_pair_locked(database, db):
+    configure(db, batch_size=10)
+    add_pairs(db, 60)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 5")
+    user_trigger(
+        db,
+        "before insert on level_sync.sync_plan",
+        "if new.user_id = 60 then perform set_config('lock_timeout', '0', true), pg_advisory_xact_lock(35); end if",
+    )
+    gate, reader, runner = (database.connect(autocommit=each) for each in (False, False, True))
+    gate.execute("select pg_advisory_xact_lock(35)")
+    with ThreadPoolExecutor() as pool:
+        run_ends = pool.submit(runner.execute, "call level_sync.reconcile()")
+        try:
+            wait_for(db, AT_USER_35)
+            reader.execute("select from level_sync.sync_log for update")
+            gate.rollback()
+            waits = f"(select wait_event_type = 'Lock' from pg_stat_activity where pid = {runner.info.backend_pid})"
+            wait_for(db, f"{waits} and not {AT_USER_35}")
+            time.sleep(0.5)  # longer than a batch waits for a pair
+            assert db.execute(f"select {waits}").fetchone() == (True,)
+            with db.transaction():
+                db.execute("select from user_licenses for update nowait")
+                db.execute("select from specialization_progress for update nowait")
+        finally:
+            gate.rollback()
+            reader.rollback()
+        run_ends.result(PATIENCE)
+    run = last_run(db)
+    assert (run["status"], run["synced_count"]) == ("success", 60)
+
+
 def test_run_is_seen_at_work_from_its_first_batch_on(database, broken):
     """Which drains the queue, and here stands still at user 35."""
     broken.execute(
@@ -111,8 +144,8 @@ def test_run_whose_session_is_killed_is_marked_aborted_by_the_next_which_finishe
         assert broken.execute("select pg_terminate_backend(%s)", [runner.info.backend_pid]).fetchone() == (True,)
         wait_for(broken, f"not exists (select from pg_stat_activity where pid = {runner.info.backend_pid})")
     died = last_run(broken)
-    repaired = {"repairs": {"update_license": 30}}  # told batch by batch
-    assert (died["status"], died["synced_count"], died["results"]) == ("running", 30, repaired)
+    forgotten = {"forgotten": {"update_license": 10}}  # of 30, the plan keeps 20 as the sample
+    assert (died["status"], died["synced_count"], died["results"]) == ("running", 30, forgotten)
     assert broken.execute("select ok from level_sync.health where name = 'running'").fetchone() == (False,)
     assert broken.execute("select count(*) from user_licenses where current_level = 5").fetchone() == (30,)
     broken.execute("call level_sync.reconcile()")

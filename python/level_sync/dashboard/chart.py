@@ -49,7 +49,8 @@ class Chart:
 
 def chart_of(runs: list[dict[str, Any]], since: datetime, until: datetime) -> Chart:
     """Heights are logarithmic: one desync must be seen beside ten thousand."""
-    most_found = max([run["issues_found"] or 0 for run in runs], default=0)
+    # A run whose session ended before it did has told what it repaired, not what it found.
+    most_found = max([run["issues_found"] or run["synced_count"] or 0 for run in runs], default=0)
     longest = max([float(run["duration_seconds"] or 0) for run in runs], default=0)
     span = (until - since).total_seconds()
     thickness = round(min(max(WIDTH / max(len(runs), 1) * 0.7, THINNEST), THICKEST), 1)
