@@ -274,7 +274,7 @@ create or replace function level_sync._repair_batch(run_id bigint, plan_id bigin
   language plpgsql
   security definer
   set search_path = pg_catalog, pg_temp
-  set lock_timeout = '100ms'
+  set lock_timeout = 0
   set plan_cache_mode = force_custom_plan
   set jit = off
 as $$
@@ -316,7 +316,6 @@ begin
   end if;
 
   -- Counted at the end of the batch. Whoever holds this row is waited for now, while no pair is locked.
-  perform set_config('lock_timeout', '0', true);
   perform from level_sync.sync_log as log where log.run_id = _repair_batch.run_id for no key update;
   perform set_config('lock_timeout', '100ms', true);
 

@@ -265,7 +265,6 @@ TEXTS_IN_THE_WAY = """() => {
 }"""
 
 
-@needs_chromium
 def test_a_run_that_died_is_as_high_in_the_picture_as_what_it_had_repaired(db):
     add_pairs(db, 20)
     with bypass(db):
@@ -286,6 +285,7 @@ def test_a_run_that_died_is_as_high_in_the_picture_as_what_it_had_repaired(db):
     assert heights[1] == heights[3]
 
 
+@needs_chromium
 def test_a_run_that_failed_is_seen_in_the_picture_and_all_of_it_is_readable(db, browser, site):
     troubled_academy(db)
     db.execute(

@@ -95,36 +95,28 @@ def test_second_run_at_once_is_skipped_and_repairs_nothing(database, broken):
     assert levels(broken, 60) == (5, 5)
 
 
-def test_run_waits_for_its_row_of_the_log_with_no_pair_locked(database, db):
-    configure(db, batch_size=10)
-    add_pairs(db, 60)
-    with bypass(db):
-        db.execute("update specialization_progress set current_level = 5")
-    user_trigger(
-        db,
-        "before insert on level_sync.sync_plan",
-        "if new.user_id = 60 then perform set_config('lock_timeout', '0', true), pg_advisory_xact_lock(35); end if",
-    )
+def test_run_waits_for_its_row_of_the_log_with_no_pair_locked(database, broken):
+    user_trigger(broken, "before insert on level_sync.sync_plan", WAIT_AT_USER_35, name="while_planning")
     gate, reader, runner = (database.connect(autocommit=each) for each in (False, False, True))
     gate.execute("select pg_advisory_xact_lock(35)")
     with ThreadPoolExecutor() as pool:
         run_ends = pool.submit(runner.execute, "call level_sync.reconcile()")
         try:
-            wait_for(db, AT_USER_35)
+            wait_for(broken, AT_USER_35)
             reader.execute("select from level_sync.sync_log for update")
             gate.rollback()
             waits = f"(select wait_event_type = 'Lock' from pg_stat_activity where pid = {runner.info.backend_pid})"
-            wait_for(db, f"{waits} and not {AT_USER_35}")
+            wait_for(broken, f"{waits} and not {AT_USER_35}")
             time.sleep(0.5)  # longer than a batch waits for a pair
-            assert db.execute(f"select {waits}").fetchone() == (True,)
-            with db.transaction():
-                db.execute("select from user_licenses for update nowait")
-                db.execute("select from specialization_progress for update nowait")
+            assert broken.execute(f"select {waits}").fetchone() == (True,)
+            with broken.transaction():
+                broken.execute("select from user_licenses for update nowait")
+                broken.execute("select from specialization_progress for update nowait")
         finally:
             gate.rollback()
             reader.rollback()
         run_ends.result(PATIENCE)
-    run = last_run(db)
+    run = last_run(broken)
     assert (run["status"], run["synced_count"]) == ("success", 60)
 
 
