@@ -701,7 +701,7 @@ begin
             error := sqlerrm; error_code := sqlstate;
           end if;
         when query_canceled then
-          perform pg_sleep(0.01);  -- A client's cancel comes as two signals before PostgreSQL 17, the second a moment later.
+          perform pg_sleep(0.1);  -- A client's cancel comes as two signals before PostgreSQL 17, the second a moment later.
           error := sqlerrm; error_code := sqlstate;
         when others then
           error := sqlerrm; error_code := sqlstate;

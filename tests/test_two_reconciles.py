@@ -219,7 +219,8 @@ def test_plan_applied_a_second_time_counts_only_what_was_left_of_it(database, br
 def test_cancel_that_comes_as_two_signals_is_one_cancel(database, broken):
     """As PostgreSQL before 17 sends it; here the second one comes at several moments after the first."""
     twice = "select pg_cancel_backend(%(pid)s), pg_sleep(%(pause)s), pg_cancel_backend(%(pid)s)"
-    pauses = [step / 20_000 for step in range(10)]  # seconds
+    # Seconds. Two signals sent at once are some milliseconds apart where the sender loses its processor between them.
+    pauses = [step / 20_000 for step in range(10)] + [step / 1000 for step in range(10, 20)]
     for number, pause in enumerate(pauses, 1):
         with stopped_at_user_35(database, broken) as runner:
             broken.execute(twice, {"pid": runner.info.backend_pid, "pause": pause})
