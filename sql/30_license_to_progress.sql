@@ -209,8 +209,8 @@ $trigger$, 'The progress gets the level that was written here.');
 -- application's triggers, which run within each statement, are planned as usual.
 create or replace function level_sync._carry_licenses_to_progress(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
-    actors text[], reasons text[])
-  returns bigint
+    actors text[], reasons text[], locks_both boolean, license_levels integer[], progress_levels integer[])
+  returns bigint[]
   language plpgsql
   set search_path = pg_catalog, pg_temp
   set plan_cache_mode = force_custom_plan
@@ -222,14 +222,14 @@ declare
   written_at    constant public.specialization_progress.last_activity%type := level_sync._as_utc(carried_at);
   rule          record;
   held_count    bigint;
-  carried_count bigint;
   created_count bigint := 0;
-  arrived_count bigint := 0;
+  arrived       bigint[];
+  arrived_new   bigint[];
   ends          record;
   nestloop      constant text := current_setting('enable_nestloop');
 begin
   if not ('license' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
-    return 0;
+    return '{}'::bigint[];
   end if;
   select settings.on_delete, settings.trigger_search_path || ', pg_temp' as trigger_path
     into rule
@@ -245,34 +245,61 @@ begin
   -- Locked and written in one statement: what somebody else holds is left alone, and of a row that was written since the
   -- statement began the last version is locked, so old_level is the level that is replaced.
   with held as materialized (
-    select pair.user_id, pair.specialization, progress.current_level as old_level, license.current_level as new_level,
-           pair.actor, pair.reason
-      from unnest(user_ids, specializations, sides, changes, actors, reasons)
-             as pair (user_id, specialization, side, change, actor, reason)
-      join public.user_licenses as license
-        on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-        and license.user_id between ends.first_user and ends.last_user
-      join public.specialization_progress as progress
-        on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-        and progress.student_id between ends.first_user and ends.last_user
-      join public.specializations as specialization
-        on specialization.id = pair.specialization
-       and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
-     where (pair.side = 'license' and pair.change = 'level_changed'
-            and progress.current_level is distinct from license.current_level)
-        or (pair.change = 'created' and coalesce(progress.current_level, 0) < license.current_level)
-       for no key update of progress skip locked
+    select locked.*
+      from (
+        select pair.pair_number, pair.user_id, pair.specialization, progress.current_level as old_level,
+               license.current_level as new_level, pair.actor, pair.reason
+          from unnest(user_ids, specializations, sides, changes, actors, reasons) with ordinality
+                 as pair (user_id, specialization, side, change, actor, reason, pair_number)
+          join public.user_licenses as license
+            on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+           and license.user_id between ends.first_user and ends.last_user
+          join public.specialization_progress as progress
+            on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+           and progress.student_id between ends.first_user and ends.last_user
+          join public.specializations as specialization
+            on specialization.id = pair.specialization
+           and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
+         where not locks_both
+           and (pair.side = 'license' and pair.change = 'level_changed'
+                and progress.current_level is distinct from license.current_level
+                or pair.change = 'created' and coalesce(progress.current_level, 0) < license.current_level)
+           for no key update of progress skip locked
+      ) as locked
+     union all
+    select locked.*
+      from (
+        select pair.pair_number, pair.user_id, pair.specialization, progress.current_level, license.current_level,
+               pair.actor, pair.reason
+          from unnest(user_ids, specializations, license_levels, progress_levels, actors, reasons) with ordinality
+                 as pair (user_id, specialization, license_level, progress_level, actor, reason, pair_number)
+          join public.user_licenses as license
+            on license.user_id = pair.user_id and license.specialization_type = pair.specialization
+           and license.user_id between ends.first_user and ends.last_user
+          join public.specialization_progress as progress
+            on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
+           and progress.student_id between ends.first_user and ends.last_user
+          join public.specializations as specialization
+            on specialization.id = pair.specialization
+           and license.current_level between 1 and coalesce(specialization.max_levels, license.current_level)
+         where locks_both
+           and (license_levels is null
+                or license.current_level is not distinct from pair.license_level
+                   and progress.current_level is not distinct from pair.progress_level)
+           for no key update of license, progress skip locked
+      ) as locked
   ), carried as (
     update public.specialization_progress as progress
        set current_level = held.new_level,
            last_activity = written_at
       from held
      where (select level_sync._as_the_application(rule.trigger_path))
+       and held.old_level is distinct from held.new_level
        and progress.student_id = held.user_id
        and progress.student_id between ends.first_user and ends.last_user
        and progress.specialization_id = held.specialization
     returning progress.student_id, progress.specialization_id, held.old_level, held.new_level, progress.current_level,
-              held.actor, held.reason
+              held.actor, held.reason, held.pair_number
   ), logged as (
     insert into level_sync.sync_events
            (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id, actor, reason)
@@ -281,15 +308,22 @@ begin
       from carried
      where carried.current_level is distinct from carried.old_level
   )
-  select (select count(*) from held), (select count(*) from carried where carried.current_level = carried.new_level)
-    into held_count, carried_count;
+  select (select count(*) from held),
+         array(select carried.pair_number from carried where carried.current_level = carried.new_level
+                union all
+               select held.pair_number from held where held.old_level = held.new_level)
+    into held_count, arrived;
   perform level_sync._as_ourselves(nestloop);
+  if locks_both and cardinality(arrived) < held_count then
+    raise object_not_in_prerequisite_state using
+      message = 'the level did not arrive: a trigger of the other table changed or dropped the write';
+  end if;
 
-  if 'deleted' = any (changes) or 'license' = any (sides) and cardinality(user_ids) > held_count then
+  if not locks_both and ('deleted' = any (changes) or 'license' = any (sides) and cardinality(user_ids) > held_count) then
     with missing as materialized (
-      select pair.user_id, pair.specialization, license.current_level as new_level, pair.actor, pair.reason
-        from unnest(user_ids, specializations, sides, changes, actors, reasons)
-               as pair (user_id, specialization, side, change, actor, reason)
+      select pair.user_id, pair.specialization, license.current_level as new_level, pair.actor, pair.reason, pair.pair_number
+        from unnest(user_ids, specializations, sides, changes, actors, reasons) with ordinality
+               as pair (user_id, specialization, side, change, actor, reason, pair_number)
         join public.user_licenses as license
           on license.user_id = pair.user_id and license.specialization_type = pair.specialization
           and license.user_id between ends.first_user and ends.last_user
@@ -312,7 +346,7 @@ begin
       returning specialization_progress.student_id, specialization_progress.specialization_id, specialization_progress.current_level
     ), created as (
       select inserted.student_id, inserted.specialization_id, inserted.current_level, missing.new_level,
-             missing.actor, missing.reason
+             missing.actor, missing.reason, missing.pair_number
         from inserted
         join missing on missing.user_id = inserted.student_id and missing.specialization = inserted.specialization_id
     ), logged as (
@@ -322,8 +356,9 @@ begin
              created.current_level, source, run_id, created.actor, created.reason
         from created
     )
-    select (select count(*) from created), (select count(*) from created where created.current_level = created.new_level)
-      into created_count, arrived_count;
+    select (select count(*) from created),
+           array(select created.pair_number from created where created.current_level = created.new_level)
+      into created_count, arrived_new;
     perform level_sync._as_ourselves(nestloop);
 
     -- As a foreign key does it: beside one that was inserted, the row that was there must not go before this transaction
@@ -369,12 +404,12 @@ begin
   end if;
 
   perform set_config('level_sync.own_depth', outer_depth, true);
-  return carried_count + arrived_count;
+  return arrived || arrived_new;
 end
 $$;
 
-comment on function level_sync._carry_licenses_to_progress(bigint[], text[], text[], text[], text, bigint, text[], text[]) is
-  'Brings progress to the level of its license, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session. Returns how many pairs it has changed that are certainly equal now.';
+comment on function level_sync._carry_licenses_to_progress(bigint[], text[], text[], text[], text, bigint, text[], text[], boolean, integer[], integer[]) is
+  'Brings progress to the level of its license, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session. locks_both: only pairs of which it can lock both rows, whatever their change, and if levels are given only those that have them; all of these arrive, or it raises object_not_in_prerequisite_state. Returns the numbers of the pairs, counted from 1, that are certainly equal now.';
 
 -- At commit: a license may only go together with its progress.
 create or replace function level_sync._judge_lone_progress(user_id bigint, specialization text)

@@ -1,6 +1,33 @@
 -- The set that a transaction carries at its commit, and the drain of what was queued. Both bring pairs into step
 -- by the rules of the two files before this one, find the few that fail, and queue those.
 
+-- The planner takes the two columns of a pair for independent and expects a handful of matches however many pairs
+-- there are. Where they are a good part of the table, or of the users from the first to the last of them, one look
+-- at each row there is quicker than one at each pair.
+create or replace function level_sync._plan_for_set(user_ids bigint[])
+  returns void
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform set_config('level_sync.outer_nestloop', current_setting('enable_nestloop'), true);
+  if cardinality(user_ids) > 1000 and (
+    cardinality(user_ids) > (
+      select 0.05 * max(pg_class.reltuples) from pg_class
+       where pg_class.oid in ('public.specialization_progress'::regclass, 'public.user_licenses'::regclass))
+    or cardinality(user_ids) > 0.25 * (select max(pair.user_id)::numeric - min(pair.user_id) from unnest(user_ids) as pair (user_id)))
+  then
+    perform set_config('enable_nestloop', 'off', true);
+    if pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('64MB') then
+      perform set_config('work_mem', '64MB', true);
+    end if;
+  end if;
+end
+$$;
+
+comment on function level_sync._plan_for_set(bigint[]) is
+  'Sets, for the rest of the transaction, how statements about these pairs are planned. Whoever calls it takes that back.';
+
 create or replace function level_sync._carry_pairs(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text,
     run_id bigint default null, actors text[] default null, reasons text[] default null)
@@ -13,23 +40,11 @@ declare
   outer_work_mem constant text := current_setting('work_mem');
   arrived_count  bigint;
 begin
-  perform set_config('level_sync.outer_nestloop', outer_nestloop, true);
-  -- The planner takes the two columns of a pair for independent and expects a handful of matches however many pairs
-  -- there are. Where they are a good part of the table, or of the users from the first to the last of them, one look
-  -- at each row there is quicker than one at each pair.
-  if cardinality(user_ids) > 1000 and (
-    cardinality(user_ids) > (
-      select 0.05 * max(pg_class.reltuples) from pg_class
-       where pg_class.oid in ('public.specialization_progress'::regclass, 'public.user_licenses'::regclass))
-    or cardinality(user_ids) > 0.25 * (select max(pair.user_id)::numeric - min(pair.user_id) from unnest(user_ids) as pair (user_id)))
-  then
-    perform set_config('enable_nestloop', 'off', true);
-    if pg_size_bytes(outer_work_mem) < pg_size_bytes('64MB') then
-      perform set_config('work_mem', '64MB', true);
-    end if;
-  end if;
-  arrived_count := level_sync._carry_progress_to_licenses(user_ids, specializations, sides, changes, source, run_id, actors, reasons);
-  arrived_count := level_sync._carry_licenses_to_progress(user_ids, specializations, sides, changes, source, run_id, actors, reasons)
+  perform level_sync._plan_for_set(user_ids);
+  arrived_count := cardinality(level_sync._carry_progress_to_licenses(
+                     user_ids, specializations, sides, changes, source, run_id, actors, reasons, false, null, null));
+  arrived_count := cardinality(level_sync._carry_licenses_to_progress(
+                     user_ids, specializations, sides, changes, source, run_id, actors, reasons, false, null, null))
                    + arrived_count;
   perform set_config('enable_nestloop', outer_nestloop, true),
           set_config('work_mem', outer_work_mem, true);
@@ -523,6 +538,70 @@ $$;
 comment on function level_sync._lock_pairs_that_are_free(bigint[], text[]) is
   'Locks the rows of the pairs that nobody holds, without waiting, and returns their numbers, counted from 1, and their levels as locked. A missing row cannot be locked: it may come any time.';
 
+-- Of a large set, the rows that nobody is in the way of are locked, compared and written in one statement. What was queued
+-- is looked at afterwards: with both rows locked, nothing more can come. The rest of the set is for those who tell one
+-- pair from the other, and all of it where the look finds something or a write fails: they meet that error again and
+-- record it. In a small set there is little to gain.
+create or replace function level_sync._carry_undisturbed(
+    user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
+    actors text[], reasons text[], progress_levels integer[], license_levels integer[], own_entries bigint[])
+  returns bigint[]
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_custom_plan
+  set jit = off
+as $$
+declare
+  outer_nestloop constant text := current_setting('enable_nestloop');
+  outer_work_mem constant text := current_setting('work_mem');
+  arrived        bigint[];
+  ends           record;
+begin
+  if cardinality(user_ids) < 100 or 'level_changed' <> any (changes) or sides[1] <> any (sides) then
+    return '{}'::bigint[];
+  end if;
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
+  perform level_sync._count_subtransaction();
+  begin
+    perform level_sync._plan_for_set(user_ids);
+    arrived := case sides[1]
+      when 'progress' then level_sync._carry_progress_to_licenses(
+        user_ids, specializations, sides, changes, source, run_id, actors, reasons, true, progress_levels, license_levels)
+      else level_sync._carry_licenses_to_progress(
+        user_ids, specializations, sides, changes, source, run_id, actors, reasons, true, license_levels, progress_levels)
+    end;
+    perform set_config('enable_nestloop', outer_nestloop, true),
+            set_config('work_mem', outer_work_mem, true);
+
+    if exists (
+      select
+        from unnest(user_ids, specializations) with ordinality as pair (user_id, specialization, pair_number)
+        join (
+          select queued.user_id, queued.specialization
+            from level_sync.sync_queue as queued
+           where queued.user_id between ends.first_user and ends.last_user
+             and queued.queue_id <> all (own_entries)
+           union all
+          select left_behind.user_id, left_behind.specialization
+            from level_sync.pending_pairs as left_behind
+           where left_behind.user_id between ends.first_user and ends.last_user
+             and own_entries is not null
+        ) as waiting
+          on waiting.user_id = pair.user_id and waiting.specialization = pair.specialization
+       where pair.pair_number = any (arrived))
+    then
+      raise object_not_in_prerequisite_state using message = 'a pair was written while its set was carried';
+    end if;
+  exception when others or assert_failure then
+    return '{}'::bigint[];
+  end;
+  return arrived;
+end
+$$;
+
+comment on function level_sync._carry_undisturbed(bigint[], text[], text[], text[], text, bigint, text[], text[], integer[], integer[], bigint[]) is
+  'Of many pairs whose level was changed on one side: carries those of which both rows are there and held by nobody, and if levels are given still have them; returns their numbers, counted from 1, locked and equal. None where something waits for one of them besides own_entries of sync_queue (NULL: whatever waits).';
+
 create or replace function level_sync._drain_batch(due_before timestamptz)
   returns integer
   language plpgsql
@@ -536,6 +615,8 @@ declare
   rule             record;
   ripe             record;
   pairs            record;
+  taken_count      integer;
+  done             bigint[];
   lockable         record;
   free             record;
   failures         record;
@@ -611,6 +692,29 @@ begin
     from ranked as newest
    where newest.place = 1;
 
+  taken_count := cardinality(pairs.user_ids);
+  done := level_sync._carry_undisturbed(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger', null,
+                                        pairs.actors, pairs.reasons, null, null, pairs.queue_ids);
+  if done <> '{}' then
+    delete from level_sync.sync_queue as queued
+     using unnest(pairs.user_ids, pairs.queue_ids) with ordinality as pair (user_id, queue_id, pair_number)
+     where pair.pair_number = any (done)
+       and queued.user_id between ripe.first_user and ripe.last_user
+       and queued.user_id = pair.user_id
+       and queued.queue_id = pair.queue_id;
+    if cardinality(done) = taken_count then
+      return taken_count;
+    end if;
+    select array_agg(pair.user_id) as user_ids, array_agg(pair.specialization) as specializations,
+           array_agg(pair.side) as sides, array_agg(pair.change) as changes, array_agg(pair.queue_id) as queue_ids,
+           array_agg(pair.attempts) as attempts, array_agg(pair.actor) as actors, array_agg(pair.reason) as reasons
+      into pairs
+      from unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.queue_ids, pairs.attempts,
+                  pairs.actors, pairs.reasons)
+             with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, actor, reason, pair_number)
+     where pair.pair_number <> all (done);
+  end if;
+
   -- A statement of its own: the next one's snapshot has what was queued until the locks were taken.
   select * into lockable from level_sync._lock_pairs_that_are_free(pairs.user_ids, pairs.specializations);
 
@@ -656,7 +760,7 @@ begin
      and queued.queue_id = pair.queue_id
      and pair.queue_id <> all (coalesce(free.queue_ids, '{}'));
   if free.user_ids is null then
-    return cardinality(pairs.user_ids);
+    return taken_count;
   end if;
 
   select * into failures
@@ -694,7 +798,7 @@ begin
      and queued.user_id = outcome.user_id
      and queued.queue_id = outcome.queue_id;
 
-  return cardinality(pairs.user_ids);
+  return taken_count;
 end
 $$;
 

@@ -279,16 +279,14 @@ create or replace function level_sync._repair_batch(run_id bigint, plan_id bigin
   set jit = off
 as $$
 declare
-  rule     record;
-  shown    record;
-  planned  record;
-  due      record;
-  failures record;
+  rule      record;
+  shown     record;
+  planned   record;
+  done      bigint[];
+  disturbed record;
+  repaired  record;
 begin
-  select settings.max_attempts, settings.retry_backoff,
-         (select sync_log.direction is null from level_sync.sync_log where sync_log.run_id = plan_id) as heeds_queue
-    into rule
-    from level_sync.settings;
+  select sync_log.direction is null as heeds_queue into rule from level_sync.sync_log where sync_log.run_id = plan_id;
 
   select sample.user_id as last_user, sample.specialization as last_specialization
     into shown
@@ -299,6 +297,7 @@ begin
   select array_agg(batch.user_id) as user_ids, array_agg(batch.specialization) as specializations,
          array_agg(batch.progress_level) as progress_levels, array_agg(batch.license_level) as license_levels,
          array_agg(case when batch.action in ('update_license', 'create_license') then 'progress' else 'license' end) as sides,
+         array_agg(case when batch.action in ('create_license', 'create_progress') then 'created' else 'level_changed' end) as changes,
          max(batch.user_id) as last_user
     into planned
     from (
@@ -319,93 +318,66 @@ begin
   perform from level_sync.sync_log as log where log.run_id = _repair_batch.run_id for no key update;
   perform set_config('lock_timeout', '100ms', true);
 
-  select * into due
-    from level_sync._confirm_planned(planned.user_ids, planned.specializations, planned.sides,
-                                     planned.progress_levels, planned.license_levels, rule.heeds_queue);
+  done := level_sync._carry_undisturbed(planned.user_ids, planned.specializations, planned.sides, planned.changes,
+                                        'reconcile', run_id, null, null, planned.progress_levels, planned.license_levels,
+                                        case when rule.heeds_queue then '{}'::bigint[] end);
+  select array_agg(pair.user_id) as user_ids, array_agg(pair.specialization) as specializations
+    into repaired
+    from unnest(planned.user_ids, planned.specializations) with ordinality as pair (user_id, specialization, pair_number)
+   where pair.pair_number = any (done);
 
-  update level_sync.sync_plan as plan
-     set outcome = left_alone.outcome
-    from unnest(due.left_ids, due.left_specializations, due.left_outcomes)
-           as left_alone (user_id, specialization, outcome)
-   where plan.run_id = plan_id
-     and plan.user_id between first_user and planned.last_user
-     and plan.user_id = left_alone.user_id
-     and plan.specialization = left_alone.specialization;
-  if due.user_ids is null then
-    return planned.last_user;
+  if cardinality(done) < cardinality(planned.user_ids) then
+    select array_agg(pair.user_id) as user_ids, array_agg(pair.specialization) as specializations,
+           array_agg(pair.side) as sides, array_agg(pair.progress_level) as progress_levels,
+           array_agg(pair.license_level) as license_levels
+      into disturbed
+      from unnest(planned.user_ids, planned.specializations, planned.sides, planned.progress_levels, planned.license_levels)
+             with ordinality as pair (user_id, specialization, side, progress_level, license_level, pair_number)
+     where pair.pair_number <> all (done);
+    select repaired.user_ids || one_by_one.user_ids as user_ids,
+           repaired.specializations || one_by_one.specializations as specializations
+      into repaired
+      from level_sync._repair_disturbed(run_id, plan_id, disturbed.user_ids, disturbed.specializations, disturbed.sides,
+                                        disturbed.progress_levels, disturbed.license_levels, rule.heeds_queue) as one_by_one;
   end if;
-
-  select * into failures
-    from level_sync._carry_pairs_that_can(due.user_ids, due.specializations, due.sides, due.changes,
-                                          'reconcile', run_id, 1000000, null, null);
-  failures.failed_numbers := coalesce(failures.failed_numbers, '{}');
-
-  if cardinality(failures.failed_numbers) > 0 then
-    with failed as materialized (
-      select pair.user_id, pair.specialization, pair.side, coalesce(failed.state, '55000') as state,
-             coalesce(failed.message,
-                      'the level did not arrive: a trigger of the other table changed or dropped the write') as message
-        from unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
-               as failed (pair_number, state, message)
-        join unnest(due.user_ids, due.specializations, due.sides) with ordinality
-               as pair (user_id, specialization, side, pair_number)
-          on pair.pair_number = failed.pair_number
-    ), queued as (
-      insert into level_sync.sync_queue
-             (user_id, specialization, side, change, sqlstate, message, attempts, next_attempt_at, dead_at)
-      select failed.user_id, failed.specialization, failed.side, 'level_changed', failed.state, failed.message, 1,
-             clock_timestamp() + rule.retry_backoff,
-             case when rule.max_attempts = 1 then clock_timestamp() end
-        from failed
-       where not exists (
-               select from level_sync.sync_queue as waiting
-                where waiting.user_id = failed.user_id and waiting.specialization = failed.specialization)
-    )
-    update level_sync.sync_plan as plan
-       set outcome = 'failed'
-      from failed
-     where plan.run_id = plan_id
-       and plan.user_id between first_user and planned.last_user
-       and plan.user_id = failed.user_id
-       and plan.specialization = failed.specialization;
+  if repaired.user_ids is null then
+    return planned.last_user;
   end if;
 
   -- What is repaired stands in sync_events; of the plan, the log of the run shows the first pairs.
   if first_user <= shown.last_user then
     update level_sync.sync_plan as plan
        set outcome = 'repaired'
-      from unnest(due.user_ids, due.specializations) with ordinality as pair (user_id, specialization, pair_number)
-     where pair.pair_number <> all (failures.failed_numbers)
-       and plan.run_id = plan_id
+      from unnest(repaired.user_ids, repaired.specializations) as pair (user_id, specialization)
+     where plan.run_id = plan_id
        and plan.user_id between first_user and shown.last_user
        and (plan.user_id, plan.specialization) <= (shown.last_user, shown.last_specialization)
        and plan.user_id = pair.user_id
        and plan.specialization = pair.specialization;
   end if;
 
-  with repaired as materialized (
+  with pair as materialized (
     select pair.user_id, pair.specialization
-      from unnest(due.user_ids, due.specializations) with ordinality as pair (user_id, specialization, pair_number)
-     where pair.pair_number <> all (failures.failed_numbers)
+      from unnest(repaired.user_ids, repaired.specializations) as pair (user_id, specialization)
   ), settled as (
     -- A pair that is equal now has nothing left to wait for, dead or not.
     delete from level_sync.sync_queue as queued
-     using repaired
+     using pair
      where queued.user_id between first_user and planned.last_user
-       and queued.user_id = repaired.user_id
-       and queued.specialization = repaired.specialization
+       and queued.user_id = pair.user_id
+       and queued.specialization = pair.specialization
   ), forgotten as (
     delete from level_sync.sync_plan as plan
-     using repaired
+     using pair
      where plan.run_id = plan_id
        and plan.user_id between first_user and planned.last_user
        and plan.outcome = 'planned'
-       and plan.user_id = repaired.user_id
-       and plan.specialization = repaired.specialization
+       and plan.user_id = pair.user_id
+       and plan.specialization = pair.specialization
     returning plan.action
   )
   update level_sync.sync_log as log
-     set synced_count = coalesce(log.synced_count, 0) + (select count(*) from repaired),
+     set synced_count = coalesce(log.synced_count, 0) + cardinality(repaired.user_ids),
          results = jsonb_build_object('forgotten', (
            select coalesce(jsonb_object_agg(summed.action, summed.pairs), '{}')
              from (
@@ -481,6 +453,85 @@ $$;
 
 comment on function level_sync._confirm_planned(bigint[], text[], text[], integer[], integer[], boolean) is
   'Locks the pairs nobody holds and tells those that may be repaired from those to be left, whose outcome is held, queued, or changed (no longer has the levels given). change: created where a row is missing, else level_changed.';
+
+-- The pairs of a batch that somebody holds, that are no longer as they were planned, that wait, or that fail.
+create or replace function level_sync._repair_disturbed(
+    run_id bigint, plan_id bigint, planned_ids bigint[], planned_specializations text[], planned_sides text[],
+    progress_levels integer[], license_levels integer[], heeds_queue boolean,
+    out user_ids bigint[], out specializations text[])
+  language plpgsql
+  set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_custom_plan
+  set jit = off
+as $$
+declare
+  rule     record;
+  ends     record;
+  due      record;
+  failures record;
+begin
+  select settings.max_attempts, settings.retry_backoff into rule from level_sync.settings;
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(planned_ids) as pair (user_id);
+  select * into due
+    from level_sync._confirm_planned(planned_ids, planned_specializations, planned_sides, progress_levels, license_levels,
+                                     heeds_queue);
+
+  update level_sync.sync_plan as plan
+     set outcome = left_alone.outcome
+    from unnest(due.left_ids, due.left_specializations, due.left_outcomes)
+           as left_alone (user_id, specialization, outcome)
+   where plan.run_id = plan_id
+     and plan.user_id between ends.first_user and ends.last_user
+     and plan.user_id = left_alone.user_id
+     and plan.specialization = left_alone.specialization;
+  if due.user_ids is null then
+    return;
+  end if;
+
+  select * into failures
+    from level_sync._carry_pairs_that_can(due.user_ids, due.specializations, due.sides, due.changes,
+                                          'reconcile', run_id, 1000000, null, null);
+  failures.failed_numbers := coalesce(failures.failed_numbers, '{}');
+
+  if cardinality(failures.failed_numbers) > 0 then
+    with failed as materialized (
+      select pair.user_id, pair.specialization, pair.side, coalesce(failed.state, '55000') as state,
+             coalesce(failed.message,
+                      'the level did not arrive: a trigger of the other table changed or dropped the write') as message
+        from unnest(failures.failed_numbers, failures.failed_sqlstates, failures.failed_messages)
+               as failed (pair_number, state, message)
+        join unnest(due.user_ids, due.specializations, due.sides) with ordinality
+               as pair (user_id, specialization, side, pair_number)
+          on pair.pair_number = failed.pair_number
+    ), queued as (
+      insert into level_sync.sync_queue
+             (user_id, specialization, side, change, sqlstate, message, attempts, next_attempt_at, dead_at)
+      select failed.user_id, failed.specialization, failed.side, 'level_changed', failed.state, failed.message, 1,
+             clock_timestamp() + rule.retry_backoff,
+             case when rule.max_attempts = 1 then clock_timestamp() end
+        from failed
+       where not exists (
+               select from level_sync.sync_queue as waiting
+                where waiting.user_id = failed.user_id and waiting.specialization = failed.specialization)
+    )
+    update level_sync.sync_plan as plan
+       set outcome = 'failed'
+      from failed
+     where plan.run_id = plan_id
+       and plan.user_id between ends.first_user and ends.last_user
+       and plan.user_id = failed.user_id
+       and plan.specialization = failed.specialization;
+  end if;
+
+  select array_agg(pair.user_id), array_agg(pair.specialization)
+    into user_ids, specializations
+    from unnest(due.user_ids, due.specializations) with ordinality as pair (user_id, specialization, pair_number)
+   where pair.pair_number <> all (failures.failed_numbers);
+end
+$$;
+
+comment on function level_sync._repair_disturbed(bigint, bigint, bigint[], text[], text[], integer[], integer[], boolean) is
+  'Repairs those of the planned pairs that may be repaired, gives the others their outcome in the plan, and queues those that fail. Returns the pairs it has repaired.';
 
 create or replace function level_sync._finish_run(run_id bigint, plan_id bigint, status text, error text)
   returns void

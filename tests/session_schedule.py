@@ -30,7 +30,7 @@ from typing import Any
 
 import psycopg
 
-from academy import KEY, OTHER, SIDE, add_pair, configure, last_run, levels, queued, wait_until
+from academy import KEY, OTHER, SIDE, Connection, add_pair, configure, last_run, levels, queued, wait_until
 from level_sync import install
 
 PATIENCE = 8  # seconds until a step that should end, or come to wait, is given up
@@ -40,6 +40,21 @@ PASSING = 0.03  # seconds; what waits no longer may have been put off while it g
 WAIT_AT_THE_GATE = """set_config('gate.lock_timeout', current_setting('lock_timeout'), true),
     set_config('lock_timeout', '0', true), pg_advisory_xact_lock_shared(4711),
     set_config('lock_timeout', current_setting('gate.lock_timeout'), true)"""
+
+
+def stand_gate_in(
+    observer: Connection, function: str, place: str = "^begin$", gate: str = "begin\n  perform {};"
+) -> None:
+    """Whoever calls level_sync.<function> waits there while somebody holds the advisory lock 4711: at its start, or
+    where the text of `place` is taken by that of `gate`."""
+    row = observer.execute(
+        "select pg_get_functiondef(oid) from pg_proc where pronamespace = 'level_sync'::regnamespace and proname = %s",
+        [function],
+    ).fetchone()
+    assert row, f"there is no function {function}"
+    gated = re.sub(place, gate.format(WAIT_AT_THE_GATE), row[0], count=1, flags=re.MULTILINE)
+    assert gated != row[0], f"the function has no {place}"
+    observer.execute(gated.encode())
 
 
 class Schedule:
@@ -197,21 +212,7 @@ class Schedule:
                 create event trigger gate on ddl_command_end when tag in ('CREATE TRIGGER')
                   execute function public.wait_at_the_gate()""")
             return
-        row = self.observer.execute(
-            "select pg_get_functiondef(oid) from pg_proc where pronamespace = 'level_sync'::regnamespace"
-            " and proname = %s",
-            [function],
-        ).fetchone()
-        assert row, f"there is no function {function}"
-        gated = re.sub(
-            r"^begin$",
-            f"begin\n  perform {WAIT_AT_THE_GATE};",
-            row[0],
-            count=1,
-            flags=re.MULTILINE,
-        )
-        assert gated != row[0], "the function has no begin of its own line"
-        self.observer.execute(gated.encode())
+        stand_gate_in(self.observer, function)
 
     def _pass_once(self, name: str) -> None:
         """The next gate stands in the lock's queue behind whoever waits before this one lets them in."""
