@@ -55,6 +55,7 @@ FAST_PART = (
     "armed_sets",
     "failing_target",
     "reconcile",
+    "large_sets",
     "undo",
     "maintain",
     "two_reconciles",
