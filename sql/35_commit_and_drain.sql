@@ -98,13 +98,18 @@ begin
        select given.level, coalesce(given.level between 1 and coalesce(limits.max_levels, given.level), false) as is_in_range
          from (select case pair.side when 'progress' then progress.current_level else license.current_level end) as given (level)
      ) as source
-     where (progress.student_id is null) <> (license.user_id is null)
-        or progress.current_level is distinct from license.current_level;
+     where ((progress.student_id is null) <> (license.user_id is null)
+            or progress.current_level is distinct from license.current_level)
+       -- Written again by a trigger while it was carried: the set of that write comes after this one.
+       and not exists (
+             select from level_sync.pending_pairs as again
+              where again.transaction_id = pg_current_xact_id_if_assigned()
+                and again.user_id = pair.user_id and again.specialization = pair.specialization);
 end
 $$;
 
 comment on function level_sync._unequal_pairs(bigint[], text[], text[]) is
-  'The pairs, numbered from 1 as given, that have two levels or only one row; with the reason where the given side''s level is out of range.';
+  'The pairs, numbered from 1 as given, that have two levels or only one row and that this transaction does not carry once more; with the reason where the given side''s level is out of range.';
 
 create or replace function level_sync._refuse_difference(user_id bigint, specialization text)
   returns void
@@ -375,12 +380,7 @@ begin
         from unnest(failed_numbers, failed_sqlstates, failed_messages) as failed (pair_number, state, message)
         join unnest(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, pairs.actors, pairs.reasons)
                with ordinality as pair (user_id, specialization, side, change, actor, reason, pair_number)
-          on pair.pair_number = failed.pair_number
-       -- Written again by a trigger while it was carried: the set of that write comes after this one.
-       where (pair.user_id, pair.specialization) not in (
-               select again.user_id, again.specialization
-                 from level_sync.pending_pairs as again
-                where again.transaction_id = new.transaction_id);
+          on pair.pair_number = failed.pair_number;
       if on_error = 'raise' and unfinished.user_ids is not null then
         perform level_sync._refuse_difference(unfinished.user_ids[1], unfinished.specializations[1]);
       elsif unfinished.user_ids is not null then
@@ -538,29 +538,64 @@ $$;
 comment on function level_sync._lock_pairs_that_are_free(bigint[], text[]) is
   'Locks the rows of the pairs that nobody holds, without waiting, and returns their numbers, counted from 1, and their levels as locked. A missing row cannot be locked: it may come any time.';
 
+create or replace function level_sync._waiting_pairs(user_ids bigint[], specializations text[], own_entries bigint[])
+  returns bigint[]
+  language plpgsql
+  stable
+  set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = force_custom_plan
+  set jit = off
+as $$
+declare
+  ends record;
+begin
+  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
+  return array(
+    select pair.pair_number
+      from unnest(user_ids, specializations) with ordinality as pair (user_id, specialization, pair_number)
+      join (
+        select queued.user_id, queued.specialization
+          from level_sync.sync_queue as queued
+         where queued.user_id between ends.first_user and ends.last_user
+           and queued.queue_id <> all (own_entries)
+         union all
+        select left_behind.user_id, left_behind.specialization
+          from level_sync.pending_pairs as left_behind
+         where left_behind.user_id between ends.first_user and ends.last_user
+      ) as waiting
+        on waiting.user_id = pair.user_id and waiting.specialization = pair.specialization);
+end
+$$;
+
+comment on function level_sync._waiting_pairs(bigint[], text[], bigint[]) is
+  'Numbers, counted from 1, of the pairs for which something waits besides own_entries of sync_queue.';
+
 -- Of a large set, the rows that nobody is in the way of are locked, compared and written in one statement. What was queued
--- is looked at afterwards: with both rows locked, nothing more can come. The rest of the set is for those who tell one
--- pair from the other, and all of it where the look finds something or a write fails: they meet that error again and
--- record it. In a small set there is little to gain.
+-- is looked at again afterwards: with both rows locked, nothing more can come. The rest of the set is for those who tell
+-- one pair from the other, and all of it where that look finds something or a write fails: they meet that error again,
+-- wait longer for it, and record it. In a small set there is little to gain.
 create or replace function level_sync._carry_undisturbed(
     user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
     actors text[], reasons text[], progress_levels integer[], license_levels integer[], own_entries bigint[])
   returns bigint[]
   language plpgsql
   set search_path = pg_catalog, pg_temp
-  set plan_cache_mode = force_custom_plan
-  set jit = off
+  set lock_timeout = '1ms'
 as $$
 declare
   outer_nestloop constant text := current_setting('enable_nestloop');
   outer_work_mem constant text := current_setting('work_mem');
+  waiting        bigint;
   arrived        bigint[];
-  ends           record;
 begin
   if cardinality(user_ids) < 100 or 'level_changed' <> any (changes) or sides[1] <> any (sides) then
     return '{}'::bigint[];
   end if;
-  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
+  if progress_levels is not null then  -- A plan may be old. A drain has taken what waits just now.
+    foreach waiting in array level_sync._waiting_pairs(user_ids, specializations, own_entries) loop
+      user_ids[waiting] := null;  -- and so has no row
+    end loop;
+  end if;
   perform level_sync._count_subtransaction();
   begin
     perform level_sync._plan_for_set(user_ids);
@@ -572,24 +607,7 @@ begin
     end;
     perform set_config('enable_nestloop', outer_nestloop, true),
             set_config('work_mem', outer_work_mem, true);
-
-    if exists (
-      select
-        from unnest(user_ids, specializations) with ordinality as pair (user_id, specialization, pair_number)
-        join (
-          select queued.user_id, queued.specialization
-            from level_sync.sync_queue as queued
-           where queued.user_id between ends.first_user and ends.last_user
-             and queued.queue_id <> all (own_entries)
-           union all
-          select left_behind.user_id, left_behind.specialization
-            from level_sync.pending_pairs as left_behind
-           where left_behind.user_id between ends.first_user and ends.last_user
-             and own_entries is not null
-        ) as waiting
-          on waiting.user_id = pair.user_id and waiting.specialization = pair.specialization
-       where pair.pair_number = any (arrived))
-    then
+    if level_sync._waiting_pairs(user_ids, specializations, own_entries) && arrived then
       raise object_not_in_prerequisite_state using message = 'a pair was written while its set was carried';
     end if;
   exception when others or assert_failure then
@@ -600,7 +618,7 @@ end
 $$;
 
 comment on function level_sync._carry_undisturbed(bigint[], text[], text[], text[], text, bigint, text[], text[], integer[], integer[], bigint[]) is
-  'Of many pairs whose level was changed on one side: carries those of which both rows are there and held by nobody, and if levels are given still have them; returns their numbers, counted from 1, locked and equal. None where something waits for one of them besides own_entries of sync_queue (NULL: whatever waits).';
+  'Of many pairs whose level was changed on one side: carries those of which both rows are there and held by nobody, for which nothing waits besides own_entries of sync_queue, and if levels are given still have them. Returns their numbers, counted from 1, locked and equal.';
 
 create or replace function level_sync._drain_batch(due_before timestamptz)
   returns integer
@@ -678,19 +696,19 @@ begin
     window pair as (
              partition by taken.user_id, taken.specialization order by taken.queued_at desc, taken.queue_id desc
              rows between unbounded preceding and unbounded following)
-  ), coalesced as (
-    delete from level_sync.sync_queue as queued
-     using ranked
-     where ranked.place > 1
-       and queued.user_id = ranked.user_id
-       and queued.queue_id = ranked.queue_id
+  ), newest as (
+    select array_agg(ranked.user_id) as user_ids, array_agg(ranked.specialization) as specializations,
+           array_agg(ranked.side) as sides, array_agg(ranked.change) as changes, array_agg(ranked.queue_id) as queue_ids,
+           array_agg(ranked.attempts) as attempts, array_agg(ranked.actor) as actors, array_agg(ranked.reason) as reasons
+      from ranked
+     where ranked.place = 1
   )
-  select array_agg(newest.user_id) as user_ids, array_agg(newest.specialization) as specializations,
-         array_agg(newest.side) as sides, array_agg(newest.change) as changes, array_agg(newest.queue_id) as queue_ids,
-         array_agg(newest.attempts) as attempts, array_agg(newest.actor) as actors, array_agg(newest.reason) as reasons
-    into pairs
-    from ranked as newest
-   where newest.place = 1;
+  select newest.*, array(select ranked.queue_id from ranked where ranked.place > 1) as older_ids into pairs from newest;
+  if pairs.older_ids <> '{}' then
+    delete from level_sync.sync_queue as queued
+     where queued.user_id between ripe.first_user and ripe.last_user
+       and queued.queue_id = any (pairs.older_ids);
+  end if;
 
   taken_count := cardinality(pairs.user_ids);
   done := level_sync._carry_undisturbed(pairs.user_ids, pairs.specializations, pairs.sides, pairs.changes, 'trigger', null,

@@ -282,6 +282,7 @@ declare
   rule      record;
   shown     record;
   planned   record;
+  settled   bigint[];
   done      bigint[];
   disturbed record;
   repaired  record;
@@ -318,9 +319,16 @@ begin
   perform from level_sync.sync_log as log where log.run_id = _repair_batch.run_id for no key update;
   perform set_config('lock_timeout', '100ms', true);
 
+  -- Whoever told the direction need not wait for the queue. But what is queued from now on is newer than that.
+  settled := array(
+    select queued.queue_id
+      from level_sync.sync_queue as queued
+     where not rule.heeds_queue
+       and queued.user_id between first_user and planned.last_user);
+
   done := level_sync._carry_undisturbed(planned.user_ids, planned.specializations, planned.sides, planned.changes,
                                         'reconcile', run_id, null, null, planned.progress_levels, planned.license_levels,
-                                        case when rule.heeds_queue then '{}'::bigint[] end);
+                                        settled);
   select array_agg(pair.user_id) as user_ids, array_agg(pair.specialization) as specializations
     into repaired
     from unnest(planned.user_ids, planned.specializations) with ordinality as pair (user_id, specialization, pair_number)
@@ -338,7 +346,7 @@ begin
            repaired.specializations || one_by_one.specializations as specializations
       into repaired
       from level_sync._repair_disturbed(run_id, plan_id, disturbed.user_ids, disturbed.specializations, disturbed.sides,
-                                        disturbed.progress_levels, disturbed.license_levels, rule.heeds_queue) as one_by_one;
+                                        disturbed.progress_levels, disturbed.license_levels, rule.heeds_queue, settled) as one_by_one;
   end if;
   if repaired.user_ids is null then
     return planned.last_user;
@@ -359,11 +367,12 @@ begin
   with pair as materialized (
     select pair.user_id, pair.specialization
       from unnest(repaired.user_ids, repaired.specializations) as pair (user_id, specialization)
-  ), settled as (
+  ), unqueued as (
     -- A pair that is equal now has nothing left to wait for, dead or not.
     delete from level_sync.sync_queue as queued
      using pair
-     where queued.user_id between first_user and planned.last_user
+     where queued.queue_id = any (settled)
+       and queued.user_id between first_user and planned.last_user
        and queued.user_id = pair.user_id
        and queued.specialization = pair.specialization
   ), forgotten as (
@@ -457,7 +466,7 @@ comment on function level_sync._confirm_planned(bigint[], text[], text[], intege
 -- The pairs of a batch that somebody holds, that are no longer as they were planned, that wait, or that fail.
 create or replace function level_sync._repair_disturbed(
     run_id bigint, plan_id bigint, planned_ids bigint[], planned_specializations text[], planned_sides text[],
-    progress_levels integer[], license_levels integer[], heeds_queue boolean,
+    progress_levels integer[], license_levels integer[], heeds_queue boolean, settled bigint[],
     out user_ids bigint[], out specializations text[])
   language plpgsql
   set search_path = pg_catalog, pg_temp
@@ -465,10 +474,12 @@ create or replace function level_sync._repair_disturbed(
   set jit = off
 as $$
 declare
-  rule     record;
-  ends     record;
-  due      record;
-  failures record;
+  rule           record;
+  ends           record;
+  due            record;
+  failures       record;
+  waiting_before bigint[];
+  queued_numbers bigint[];
 begin
   select settings.max_attempts, settings.retry_backoff into rule from level_sync.settings;
   select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(planned_ids) as pair (user_id);
@@ -488,6 +499,7 @@ begin
     return;
   end if;
 
+  waiting_before := level_sync._waiting_pairs(due.user_ids, due.specializations, settled);
   select * into failures
     from level_sync._carry_pairs_that_can(due.user_ids, due.specializations, due.sides, due.changes,
                                           'reconcile', run_id, 1000000, null, null);
@@ -523,15 +535,28 @@ begin
        and plan.specialization = failed.specialization;
   end if;
 
+  -- What a trigger wrote to another pair while this one was repaired may have been queued by now.
+  queued_numbers := array(
+    select unnest(level_sync._waiting_pairs(due.user_ids, due.specializations, settled)) except select unnest(waiting_before));
+  update level_sync.sync_plan as plan
+     set outcome = 'queued'
+    from unnest(due.user_ids, due.specializations) with ordinality as pair (user_id, specialization, pair_number)
+   where pair.pair_number = any (queued_numbers)
+     and pair.pair_number <> all (failures.failed_numbers)
+     and plan.run_id = plan_id
+     and plan.user_id between ends.first_user and ends.last_user
+     and plan.user_id = pair.user_id
+     and plan.specialization = pair.specialization;
+
   select array_agg(pair.user_id), array_agg(pair.specialization)
     into user_ids, specializations
     from unnest(due.user_ids, due.specializations) with ordinality as pair (user_id, specialization, pair_number)
-   where pair.pair_number <> all (failures.failed_numbers);
+   where pair.pair_number <> all (failures.failed_numbers || queued_numbers);
 end
 $$;
 
-comment on function level_sync._repair_disturbed(bigint, bigint, bigint[], text[], text[], integer[], integer[], boolean) is
-  'Repairs those of the planned pairs that may be repaired, gives the others their outcome in the plan, and queues those that fail. Returns the pairs it has repaired.';
+comment on function level_sync._repair_disturbed(bigint, bigint, bigint[], text[], text[], integer[], integer[], boolean, bigint[]) is
+  'Repairs those of the planned pairs that may be repaired, gives the others their outcome in the plan, and queues those that fail. settled: entries of sync_queue that do not matter, because somebody told the direction. Returns the pairs it has repaired.';
 
 create or replace function level_sync._finish_run(run_id bigint, plan_id bigint, status text, error text)
   returns void

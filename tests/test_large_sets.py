@@ -247,6 +247,85 @@ def test_what_a_transaction_left_behind_is_not_repaired_over(db, table):
 
 
 @BOTH
+@pytest.mark.leftovers
+def test_a_dead_entry_does_not_keep_the_other_pairs_from_being_done_at_once(db, table):
+    bring_into_step = large_set(db, table, "reconcile")
+    db.execute(
+        "insert into level_sync.sync_queue (user_id, specialization, side, change, sqlstate, message, dead_at)"
+        " values (%s, 'PLAYER', %s, 'level_changed', '55000', 'dead', clock_timestamp())",
+        [ONE, SIDE[table]],
+    )
+    tell_apart_no_more_than(db, 1)
+    bring_into_step(db)
+    assert unequal(db) == [ONE]
+    assert last_run(db)["results"]["outcomes"] == {"repaired": PAIRS - 1, "queued": 1}
+
+
+@WAYS
+@BOTH
+def test_what_is_done_at_once_waits_for_nobody(db, table, way):
+    bring_into_step = large_set(db, table, way)
+    db.execute("create table seen (lock_timeout text)")
+    user_trigger(db, f"before update on {OTHER[table]}", "insert into seen values (current_setting('lock_timeout'))")
+    tell_apart_no_more_than(db, 0)
+    bring_into_step(db)
+    assert db.execute("select lock_timeout, count(*) from seen group by lock_timeout").fetchall() == [("1ms", PAIRS)]
+
+
+@WAYS
+@BOTH
+@pytest.mark.parametrize("told", [False, True], ids=["by policy", "told"])
+def test_what_a_trigger_of_the_batch_writes_and_cannot_carry_stays_queued(db, table, way, told):
+    """The level that it wrote is the newest one: it is neither settled nor called repaired."""
+    bring_into_step = large_set(db, table, way)
+    user, other_user = KEY[table][0], KEY[OTHER[table]][0]
+    user_trigger(
+        db,
+        f"after update on {OTHER[table]}",
+        f"if new.{other_user} = 10 and new.current_level = 5 then"
+        f" update {table} set current_level = 7 where {user} in (2, 100); end if",
+        name="writes_others",
+    )
+    refuses = f"if new.{other_user} in (2, 100) and new.current_level = 7 then raise 'no 7'; end if"
+    user_trigger(db, f"before update on {OTHER[table]}", refuses, name="refuses")
+    if told and way == "reconcile":
+        db.execute(f"call level_sync.reconcile(direction => '{TOWARDS[table]}')")
+    else:
+        bring_into_step(db)
+    assert unequal(db) == [2, 100]
+    assert sorted({(row[0], row[2]) for row in queued(db)}) == [(2, SIDE[table]), (100, SIDE[table])]
+    if way == "reconcile":
+        assert last_run(db)["results"]["outcomes"] == {"repaired": PAIRS - 2, "queued": 2}
+    drop_user_trigger(db, "refuses")
+    drain(db)
+    assert levels(db, 2) == levels(db, 100) == (7, 7)
+
+
+@WAYS
+@BOTH
+@pytest.mark.leftovers
+def test_a_pair_that_a_trigger_writes_again_is_no_failure(db, table, way):
+    """Its set comes after this one, at the commit of the same transaction."""
+    add_many(db, 3)
+    write_past_triggers(db, table)
+    configure(db, inline_limit=0, max_attempts=1)
+    user, other_user = KEY[table][0], KEY[OTHER[table]][0]
+    again = f"update {table} set current_level = 4 where {user} = 2"
+    user_trigger(db, f"after update on {OTHER[table]}", f"if new.{other_user} = 1 then {again}; end if", name="again")
+    user_trigger(
+        db, f"before update on {OTHER[table]}", f"if new.{other_user} = 3 then return null; end if", name="drops"
+    )
+    if way == "drain":
+        queue_all(db, table)
+        db.execute("call level_sync.drain_queue()")
+    else:
+        db.execute(f"call level_sync.reconcile(direction => '{TOWARDS[table]}')")
+        assert last_run(db)["failed_count"] == 1
+    assert levels(db, 2) == (4, 4)
+    assert [(row[0], row[4]) for row in queued(db)] == [(3, "55000")]
+
+
+@BOTH
 def test_somebody_who_tells_the_direction_need_not_wait_for_the_queue(db, table):
     large_set(db, table, "reconcile")
     db.execute(
@@ -255,7 +334,7 @@ def test_somebody_who_tells_the_direction_need_not_wait_for_the_queue(db, table)
         [ONE, SIDE[table]],
     )
     leave_behind(db, table)
-    tell_apart_no_more_than(db, 0)
+    tell_apart_no_more_than(db, 1)
     db.execute(f"call level_sync.reconcile(direction => '{TOWARDS[table]}')")
     assert unequal(db) == queued(db) == []
     db.execute("truncate level_sync.pending_pairs")
