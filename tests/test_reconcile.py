@@ -726,3 +726,13 @@ def test_run_that_cannot_even_begin_raises(broken):
     with pytest.raises(psycopg.errors.RaiseException, match="the log takes no more"):
         broken.execute("call level_sync.reconcile()")
     assert broken.execute("select count(*) from level_sync.sync_log").fetchone() == (0,)
+
+
+def test_the_sample_shows_every_specialization_of_its_last_user(db):
+    for specialization in ("COACH", "PLAYER"):
+        add_pairs(db, 11, specialization=specialization)
+    with bypass(db):
+        db.execute("update specialization_progress set current_level = 2")
+    db.execute("call level_sync.reconcile()")
+    shown = [(pair["user_id"], pair["specialization"], pair["outcome"]) for pair in last_run(db)["results"]["sample"]]
+    assert shown == [(user, name, "repaired") for user in range(1, 11) for name in ("COACH", "PLAYER")]
