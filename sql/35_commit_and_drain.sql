@@ -636,6 +636,7 @@ declare
   taken_count      integer;
   done             bigint[];
   lockable         record;
+  newer            bigint[];
   free             record;
   failures         record;
 begin
@@ -735,6 +736,8 @@ begin
 
   -- A statement of its own: the next one's snapshot has what was queued until the locks were taken.
   select * into lockable from level_sync._lock_pairs_that_are_free(pairs.user_ids, pairs.specializations);
+  -- Written since the queue was read: the newer entry, not this one, knows the side.
+  newer := level_sync._waiting_pairs(pairs.user_ids, pairs.specializations, pairs.queue_ids);
 
   -- The row that was written may be gone, by a way that triggers do not see: then the one that is left is the truth.
   -- And one whose deletion waits here may have come back.
@@ -758,14 +761,7 @@ begin
                     pairs.actors, pairs.reasons)
                with ordinality as pair (user_id, specialization, side, change, queue_id, attempts, actor, reason, pair_number)
           on pair.pair_number = locked.pair_number
-       -- Written since the queue was read: the newer entry, not this one, knows the side.
-       where not exists (
-               select from level_sync.sync_queue as newer
-                where newer.user_id = pair.user_id and newer.specialization = pair.specialization
-                  and newer.user_id between ripe.first_user and ripe.last_user
-                  and newer.queue_id <> pair.queue_id)
-         and (pair.user_id, pair.specialization) not in (
-               select newer.user_id, newer.specialization from level_sync.pending_pairs as newer)
+       where pair.pair_number <> all (newer)
        order by pair.pair_number
     ) as pair;
 

@@ -417,13 +417,15 @@ create or replace function level_sync._confirm_planned(
   set jit = off
 as $$
 declare
-  free record;
-  ends record;
+  free    record;
+  waiting bigint[] := array[]::bigint[];
 begin
-  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(planned_ids) as pair (user_id);
   select * into free from level_sync._lock_pairs_that_are_free(planned_ids, planned_specializations);
 
   -- A new statement sees what was queued before the locks were granted.
+  if heeds_queue then
+    waiting := level_sync._waiting_pairs(planned_ids, planned_specializations, '{}');
+  end if;
   select array_agg(pair.user_id) filter (where pair.outcome is null),
          array_agg(pair.specialization) filter (where pair.outcome is null),
          array_agg(pair.side) filter (where pair.outcome is null),
@@ -437,7 +439,7 @@ begin
              -- A missing row cannot be locked: should it come just now, the higher of the two levels stands.
              case when locked.has_progress and locked.has_license then 'level_changed' else 'created' end as change,
              case when locked.pair_number is null then 'held'
-                  when heeds_queue and waiting.user_id is not null then 'queued'
+                  when pair.pair_number = any (waiting) then 'queued'
                   when locked.progress_level is distinct from pair.progress_level
                     or locked.license_level is distinct from pair.license_level then 'changed'
              end as outcome
@@ -446,16 +448,6 @@ begin
         left join unnest(free.pair_numbers, free.has_progress, free.progress_levels, free.has_license, free.license_levels)
                     as locked (pair_number, has_progress, progress_level, has_license, license_level)
           on locked.pair_number = pair.pair_number
-        left join (
-          select queued.user_id, queued.specialization
-            from level_sync.sync_queue as queued
-           where queued.user_id between ends.first_user and ends.last_user
-           union
-          select left_behind.user_id, left_behind.specialization
-            from level_sync.pending_pairs as left_behind
-           where left_behind.user_id between ends.first_user and ends.last_user
-        ) as waiting
-          on waiting.user_id = pair.user_id and waiting.specialization = pair.specialization
     ) as pair;
 end
 $$;
