@@ -10,9 +10,16 @@ comment on schema level_sync is
 create table if not exists level_sync.application_changes (
   change_id  bigint generated always as identity primary key,
   changed_at timestamptz not null default clock_timestamp(),
-  change     text not null,
-  undo_sql   text not null
+  kind       text not null,
+  on_table   text not null,
+  name       text not null,
+  undo_sql   text not null,
+  constraint kind_is_known check (kind in ('column', 'foreign_key', 'comment'))
 );
 
 comment on table level_sync.application_changes is
   'Every change migrate made to application tables that were there before, with the SQL that undoes it. Rollback runs undo_sql from the highest change_id down.';
+comment on column level_sync.application_changes.kind is 'column (added), foreign_key (added or replaced) or comment (added).';
+comment on column level_sync.application_changes.on_table is 'Table that was changed, with its schema.';
+comment on column level_sync.application_changes.name is 'Column or foreign key; of a comment on the table itself, the table.';
+comment on column level_sync.application_changes.undo_sql is 'Statement that takes the change back.';

@@ -1,4 +1,41 @@
 -- depends: 0002_create_application_tables
+-- A pair on its way: what every function that defers, carries, queues, drains or repairs takes and returns.
+do $$
+begin
+  if to_regtype('level_sync.pair') is null then
+    create type level_sync.pair as (
+      user_id        bigint,
+      specialization text,
+      side           text,    -- progress or license: the side that was written, which the other one follows
+      change         text,    -- created (never demotes the other side), level_changed or deleted
+      actor          text,
+      reason         text,
+      progress_level bigint,  -- as last seen; NULL where nobody has looked, or the row is missing
+      license_level  bigint,
+      queue_id       bigint,  -- entry of sync_queue that it comes from
+      attempts       integer,
+      sqlstate       text,    -- why it could not be carried
+      message        text
+    );
+  end if;
+end
+$$;
+
+comment on type level_sync.pair is
+  'One (user, specialization) on its way from the side that was written to the side that follows, with who wrote it and why, the levels last seen, its entry of sync_queue, and its last error.';
+
+-- What a check has found.
+do $$
+begin
+  if to_regtype('level_sync.check_result') is null then
+    create type level_sync.check_result as (name text, ok boolean, detail text, hint text);
+  end if;
+end
+$$;
+
+comment on type level_sync.check_result is
+  'One row of level_sync.health: what is checked, whether it is good (NULL: could not be checked), what was found, and what to do.';
+
 -- How level_sync behaves: one row, changed with UPDATE, effective with the next write.
 create table if not exists level_sync.settings (
   is_only_row     boolean  primary key default true,
@@ -16,6 +53,7 @@ create table if not exists level_sync.settings (
   misfire_grace   interval not null default '300 seconds',
   log_retention   interval not null default '90 days',
   event_retention interval not null default '365 days',
+  uses_pg_cron    boolean  not null default true,
   constraint settings_is_one_row check (is_only_row),
   constraint conflict_policy_is_known
     check (conflict_policy in ('progress_wins', 'license_wins', 'highest_wins', 'latest_wins', 'report_only')),
@@ -55,6 +93,7 @@ comment on column level_sync.settings.schedule is 'Cron expression of the reconc
 comment on column level_sync.settings.misfire_grace is 'How late a scheduled run may be before it is caught up.';
 comment on column level_sync.settings.log_retention is 'Age at which rows of sync_log and dead rows of sync_queue are purged.';
 comment on column level_sync.settings.event_retention is 'Age at which rows of sync_events are purged.';
+comment on column level_sync.settings.uses_pg_cron is 'Whether pg_cron runs the jobs. false: another scheduler does, and health does not look for them; last_success and queue_draining show whether it does. level-sync schedule sets it to true.';
 
 -- One row per reconcile run.
 create table if not exists level_sync.sync_log (
@@ -88,11 +127,14 @@ comment on column level_sync.sync_log.job_start is 'When the run began.';
 comment on column level_sync.sync_log.job_end is 'When it ended; NULL while it runs.';
 comment on column level_sync.sync_log.duration_seconds is 'From job_start to job_end, in seconds, however the run ended.';
 comment on column level_sync.sync_log.issues_found is 'Desyncs found, or pairs of the plan that was applied.';
-comment on column level_sync.sync_log.synced_count is 'Pairs repaired.';
+comment on column level_sync.sync_log.synced_count is 'Pairs repaired; of a run at work, and of one whose session ended before it did, those of the batches it has committed.';
 comment on column level_sync.sync_log.failed_count is 'Pairs that could not be repaired; they are queued with their errors.';
-comment on column level_sync.sync_log.results is 'Counts by issue type, action and outcome, and a sample of at most 20 pairs. The repairs themselves stand in sync_events by run_id.';
+comment on column level_sync.sync_log.results is 'Counts by issue type, action and outcome, and a sample of at most 20 pairs; of a run at work, how many pairs it has repaired, by action. The repairs themselves are in sync_events by run_id.';
 comment on column level_sync.sync_log.error is 'Why a run failed, was skipped or aborted.';
 comment on column level_sync.sync_log.backend_pid is 'Process id of the session that ran it, as in pg_stat_activity.';
+
+-- With a run each minute the log has a hundred thousand rows, and every scrape counts them by status.
+create index if not exists sync_log_status on level_sync.sync_log (status);
 
 -- One row per level carried over, row created or deleted. No CHECKs: only functions of level_sync write here, and each
 -- CHECK is parsed again by every statement that carries a level.
@@ -103,8 +145,8 @@ create table if not exists level_sync.sync_events (
   specialization text        not null,
   direction      text        not null,
   action         text        not null,
-  old_level      integer,
-  new_level      integer,
+  old_level      bigint,
+  new_level      bigint,
   source         text        not null,
   run_id         bigint,
   session_role   text        not null default session_user,
@@ -179,12 +221,31 @@ create unlogged table if not exists level_sync.pending_pairs (
   specialization text        not null,
   side           text        not null,
   change         text        not null,
-  arms_commit    boolean     not null default false,
   actor          text        default left(nullif(current_setting('level_sync.actor', true), ''), 200),
   reason         text        default left(nullif(current_setting('level_sync.reason', true), ''), 1000)
 );
 
 comment on table level_sync.pending_pairs is 'Pairs that open transactions carry in one set when they commit. Empty for everybody else.';
+comment on column level_sync.pending_pairs.pending_id is 'Order in which the transaction wrote.';
+comment on column level_sync.pending_pairs.transaction_id is 'Transaction that wrote.';
+comment on column level_sync.pending_pairs.queued_at is 'When it wrote.';
+comment on column level_sync.pending_pairs.user_id is 'users.id of the pair.';
+comment on column level_sync.pending_pairs.specialization is 'specializations.id of the pair.';
+comment on column level_sync.pending_pairs.side is 'The side that was written: progress or license.';
+comment on column level_sync.pending_pairs.change is 'created, level_changed or deleted; departed (the row was deleted, so the set does not make it anew); moved_from and moved_to (the key of the row was changed).';
+comment on column level_sync.pending_pairs.actor is 'Who wrote, as in sync_events.';
+comment on column level_sync.pending_pairs.reason is 'Why, as in sync_events.';
+
+-- What a transaction does at its commit is armed by one row here, so that writing the pairs themselves fires no trigger.
+create unlogged table if not exists level_sync.pending_commits (
+  transaction_id xid8 not null default pg_current_xact_id(),
+  act            text not null,
+  constraint act_is_known check (act in ('carry', 'check_moves'))
+);
+
+comment on table level_sync.pending_commits is 'What open transactions do when they commit. Empty for everybody else.';
+comment on column level_sync.pending_commits.transaction_id is 'Transaction that commits.';
+comment on column level_sync.pending_commits.act is 'carry: brings its pending pairs into step in one set. check_moves: checks the rows whose key it changed.';
 
 -- Old rows that migrate may not keep in place and does not delete: orphans and duplicates.
 create table if not exists level_sync.quarantined_rows (
@@ -219,3 +280,39 @@ create table if not exists level_sync.installed_triggers (
 
 comment on table level_sync.installed_triggers is
   'The triggers level_sync made, as asked for (statement) and as PostgreSQL shows them (definition).';
+
+-- What a reconcile found and means to do, pair by pair; kept for dry runs and for runs that wait for approval.
+create table if not exists level_sync.sync_plan (
+  run_id         bigint  not null,
+  user_id        bigint  not null,
+  specialization text    not null,
+  issue_type     text    not null,
+  progress_level bigint,
+  license_level  bigint,
+  action         text    not null,
+  outcome        text    not null default 'planned',
+  primary key (run_id, user_id, specialization),
+  constraint issue_type_is_known check (issue_type in ('level_mismatch', 'missing_license', 'missing_progress')),
+  constraint action_is_known
+    check (action in ('create_license', 'create_progress', 'update_license', 'update_progress', 'report_only')),
+  constraint outcome_is_known check (outcome in ('planned', 'repaired', 'changed', 'busy', 'queued', 'failed'))
+);
+
+comment on table level_sync.sync_plan is 'What a reconcile found, pair by pair, with the levels it saw and what it means to do. Kept for dry runs and for runs that wait for approval.';
+comment on column level_sync.sync_plan.run_id is 'sync_log.run_id of the run that found it.';
+comment on column level_sync.sync_plan.user_id is 'users.id of the pair.';
+comment on column level_sync.sync_plan.specialization is 'specializations.id of the pair.';
+comment on column level_sync.sync_plan.issue_type is 'level_mismatch, missing_license or missing_progress.';
+comment on column level_sync.sync_plan.progress_level is 'Level the run saw in specialization_progress.';
+comment on column level_sync.sync_plan.license_level is 'Level the run saw in user_licenses.';
+comment on column level_sync.sync_plan.action is 'create_license, create_progress, update_license, update_progress or report_only.';
+comment on column level_sync.sync_plan.outcome is 'planned; repaired (only those among the first 20 of the plan are kept, until the run ends: the repairs themselves are in sync_events); changed (the levels differ from those seen: skipped); busy (somebody was writing the pair: skipped); queued (left to its entry in sync_queue, which knows the side written last); failed (queued with its error).';
+
+create table if not exists level_sync.installed_functions (
+  signature text primary key,
+  hash      text not null
+);
+
+comment on table level_sync.installed_functions is 'The functions level_sync loaded, with a hash of each, so that health sees one that was replaced.';
+comment on column level_sync.installed_functions.signature is 'Function with its argument types.';
+comment on column level_sync.installed_functions.hash is 'Hash of body, rights, volatility and settings.';

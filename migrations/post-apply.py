@@ -2,6 +2,6 @@
 
 from yoyo import step
 
-from level_sync.install import load_code
+from level_sync.setup.install import load_code
 
 steps = [step(load_code)]

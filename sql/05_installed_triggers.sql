@@ -9,9 +9,7 @@ select pg_proc.oid, pg_proc.xmin::pg_catalog.text as written_by, pg_proc.ctid as
 -- differs from what was made last time.
 
 create or replace function level_sync._ensure_trigger(relation regclass, trigger_name name, statement text, promise text)
-  returns void
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+  returns void language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   present text := (
@@ -56,16 +54,11 @@ begin
      set statement = excluded.statement, definition = excluded.definition;
 end
 $$;
-
-comment on function level_sync._ensure_trigger(regclass, name, text, text) is
-  'Makes a trigger from its CREATE TRIGGER statement, unless it is there and enabled exactly as made before.';
+comment on function level_sync._ensure_trigger(regclass, name, text, text) is 'Makes a trigger from its CREATE TRIGGER statement, unless it is there and enabled exactly as made before.';
 
 -- A statement trigger on a partitioned table does not see statements on its partitions: those get their own.
 create or replace function level_sync._table_and_partitions(root regclass)
-  returns table (relation regclass, qualified_name text)
-  language sql
-  stable
-  set search_path = pg_catalog, pg_temp
+  returns table (relation regclass, qualified_name text) language sql stable set search_path = pg_catalog, pg_temp
 as $$
   select pg_class.oid, format('%I.%I', pg_namespace.nspname, pg_class.relname)
     from pg_class
@@ -73,13 +66,10 @@ as $$
    where pg_class.oid = root
       or pg_class.oid in (select part.relid from pg_partition_tree(root) as part)
 $$;
-
 comment on function level_sync._table_and_partitions(regclass) is 'A table, and every partition below it.';
 
 create or replace function level_sync._remove_triggers()
-  returns void
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+  returns void language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   installed record;
@@ -100,18 +90,13 @@ begin
   delete from level_sync.installed_triggers;
 end
 $$;
-
 comment on function level_sync._remove_triggers() is 'Removes every trigger level_sync made; the first step of a rollback.';
 
 create or replace function level_sync._function_hash(function_oid oid)
-  returns text
-  language sql
-  stable
-  set search_path = pg_catalog, pg_temp
+  returns text language sql stable set search_path = pg_catalog, pg_temp
 as $$
   select md5(concat_ws('|', pg_proc.prosrc, pg_proc.prosecdef, pg_proc.provolatile, pg_proc.proconfig::text))
     from pg_proc
    where pg_proc.oid = function_oid
 $$;
-
 comment on function level_sync._function_hash(oid) is 'Hash of what a function does: body, rights, volatility, settings.';

@@ -1,11 +1,9 @@
--- What is written to specialization_progress arrives in user_licenses, in the same transaction.
--- The mirror image of 30_license_to_progress.sql: a diff of the two shows names only.
+-- What is written to specialization_progress is carried to user_licenses, in the same transaction.
+-- 30_license_to_progress.sql is rendered from this file by `make mirror`: the sides change places, and a line that ends in a
+-- mirror comment becomes what that comment says.
 
 create or replace function level_sync.carry_progress()
-  returns trigger
-  language plpgsql
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   change             constant text := case tg_op when 'INSERT' then 'created' else 'level_changed' end;
@@ -13,31 +11,32 @@ declare
   outer_depth        text;
   outer_lock_timeout text;
   carried_at         timestamptz;
-  written_at         public.user_licenses.last_advanced_at%type;
+  written_at         public.user_licenses.last_advanced_at%type;  -- mirror: written_at         public.specialization_progress.last_activity%type;
   limits             text;
   is_refused         boolean := false;
-  is_held            boolean;
+  is_busy            boolean;
   subtransactions    text;
-  never_read         text;
-  rule               record;
+  discarded          text;
+  config             record;
   on_error           text := 'queue';
-  old_level          integer;
-  new_level          integer;
+  old_level          bigint;
+  new_level          bigint;
 begin
   if tg_op = 'UPDATE' and (old.student_id = new.student_id and old.specialization_id = new.specialization_id) is not true then
-    perform level_sync._defer_move('progress', old.student_id, old.specialization_id, new.student_id, new.specialization_id);
+    perform level_sync._defer_move(level_sync._pair(old.student_id, old.specialization_id, 'progress', 'deleted'),
+                                   level_sync._pair(new.student_id, new.specialization_id, 'progress', 'created'));
     return null;
   end if;
 
   -- Bulk: the transaction carries a set when it commits, and this pair joins it. Where a transaction has no
-  -- subtransaction left to arm that set, the pair stays behind for the drain.
-  if pending in ('on', 'lost') or length(current_setting('level_sync.subtransactions', true)) > 56 then
+  -- subtransaction left to arm that set, the pair is orphaned for the drain.
+  if pending in ('on', 'abandoned') or length(current_setting('level_sync.subtransactions', true)) > level_sync._write_budget() then
     limits := current_setting('level_sync.limits', true);
     if (new.current_level between 1 and substr(limits, nullif(strpos(limits, e'\x01' || new.specialization_id || e'\x02'), 0)
                                                        + length(new.specialization_id) + 2, 10)::integer) is true
        or level_sync._is_level_allowed(new.specialization_id, new.current_level)
     then
-      if pending is distinct from 'lost' then
+      if pending is distinct from 'abandoned' then
         insert into level_sync.pending_pairs (user_id, specialization, side, change)
         values (new.student_id, new.specialization_id, 'progress', change);
       end if;
@@ -50,7 +49,7 @@ begin
   begin
     -- From here on nothing waits longer, not even for the whole table.
     outer_lock_timeout := current_setting('lock_timeout');
-    never_read := set_config('lock_timeout', '100', true);
+    discarded := set_config('lock_timeout', '100', true);
 
     select settings.on_error,
            settings.lock_wait = interval '0' as never_waits,
@@ -58,42 +57,42 @@ begin
            level_sync._lock_timeout(settings.lock_wait, 'progress') as lock_timeout,
            settings.trigger_search_path || ', pg_temp' as trigger_path,
            specialization.max_levels
-      into rule
+      into config
       from level_sync.settings
       left join public.specializations as specialization on specialization.id = new.specialization_id;
-    on_error := coalesce(rule.on_error, 'queue');
+    on_error := coalesce(config.on_error, 'queue');
 
-    if new.current_level is null or new.current_level < 1 or new.current_level > rule.max_levels then
+    if new.current_level is null or new.current_level < 1 or new.current_level > config.max_levels then
       is_refused := true;
-      perform level_sync._refuse_level('progress', new.student_id, new.specialization_id, new.current_level, rule.max_levels);
+      perform level_sync._raise_level_violation('progress', new.student_id, new.specialization_id, new.current_level, config.max_levels);
     end if;
 
-    if rule.is_bulk then
-      perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
-      never_read := set_config('lock_timeout', outer_lock_timeout, true);
+    if config.is_bulk then
+      perform level_sync._defer_pair(level_sync._pair(new.student_id, new.specialization_id, 'progress', change));
+      discarded := set_config('lock_timeout', outer_lock_timeout, true);
       return null;
     end if;
 
     outer_depth := current_setting('level_sync.own_depth', true);
-    never_read := set_config('level_sync.own_depth', pg_trigger_depth()::text, true)
-               || set_config('lock_timeout', rule.lock_timeout, true);
+    discarded := set_config('level_sync.own_depth', pg_trigger_depth()::text, true)
+              || set_config('lock_timeout', config.lock_timeout, true);
 
     if tg_op = 'UPDATE' then
-      select license.current_level
+      select license.level
         into old_level
-        from public.user_licenses as license
+        from level_sync.license_side as license
        where license.user_id = new.student_id
-         and license.specialization_type = new.specialization_id
+         and license.specialization = new.specialization_id
          for no key update skip locked;
-      is_held := not found;
-      if is_held then
-        perform from public.user_licenses as license
+      is_busy := not found;
+      if is_busy then
+        perform from level_sync.license_side as license
           where license.user_id = new.student_id
-            and license.specialization_type = new.specialization_id;
+            and license.specialization = new.specialization_id;
         if not found then
-          -- A missing row is judged at commit: whoever moves both rows may be half way.
-          never_read := set_config('level_sync.own_depth', outer_depth, true) || set_config('lock_timeout', outer_lock_timeout, true);
-          perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
+          -- A missing row is checked at commit: whoever moves both rows may be half way.
+          discarded := set_config('level_sync.own_depth', outer_depth, true) || set_config('lock_timeout', outer_lock_timeout, true);
+          perform level_sync._defer_pair(level_sync._pair(new.student_id, new.specialization_id, 'progress', change));
           return null;
         end if;
       end if;
@@ -106,13 +105,12 @@ begin
     if tg_op = 'INSERT' then
       with created as (
         insert into public.user_licenses
-               (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
-        select progress.student_id, progress.specialization_id, progress.current_level, progress.current_level,
-               written_at, written_at
-          from public.specialization_progress as progress
-         where (select set_config('search_path', rule.trigger_path, true)) is not null
-           and progress.student_id = new.student_id
-           and progress.specialization_id = new.specialization_id
+               (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)  -- mirror: (student_id, specialization_id, current_level, total_xp, completed_sessions, completed_projects, last_activity)
+        select progress.user_id, progress.specialization, progress.level, progress.level, written_at, written_at  -- mirror: select license.user_id, license.specialization, license.level, 0, 0, 0, written_at
+          from level_sync.progress_side as progress
+         where (select set_config('search_path', config.trigger_path, true)) is not null
+           and progress.user_id = new.student_id
+           and progress.specialization = new.specialization_id
         on conflict do nothing
         returning user_licenses.current_level
       )
@@ -122,35 +120,35 @@ begin
              created.current_level, 'trigger'
         from created
       returning event.new_level into new_level;
-      never_read := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+      discarded := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
 
       if new_level is null then
-        perform level_sync._carry_pair(new.student_id, new.specialization_id, 'progress', change, 'trigger');
+        perform level_sync._carry_pairs(array[level_sync._pair(new.student_id, new.specialization_id, 'progress', change)], 'trigger');
       end if;
     else
-      if is_held and rule.never_waits then
-        raise lock_not_available using message = 'the license is held by another transaction';
-      elsif is_held then
-        select license.current_level
+      if is_busy and config.never_waits then
+        raise lock_not_available using message = 'the license is locked by another transaction';
+      elsif is_busy then
+        select license.level
           into old_level
-          from public.user_licenses as license
+          from level_sync.license_side as license
          where license.user_id = new.student_id
-           and license.specialization_type = new.specialization_id
+           and license.specialization = new.specialization_id
            for no key update;
       end if;
 
       with carried as (
         update public.user_licenses as license
-           set current_level      = progress.current_level,
-               max_achieved_level = greatest(license.max_achieved_level, progress.current_level),
-               last_advanced_at   = written_at
-          from public.specialization_progress as progress
-         where (select set_config('search_path', rule.trigger_path, true)) is not null
-           and license.user_id = new.student_id
-           and license.specialization_type = new.specialization_id
-           and progress.student_id = new.student_id
-           and progress.specialization_id = new.specialization_id
-           and license.current_level is distinct from progress.current_level
+           set current_level = progress.level,
+               max_achieved_level = greatest(license.max_achieved_level, progress.level),  -- mirror: last_activity = written_at
+               last_advanced_at = written_at  -- mirror:
+          from level_sync.progress_side as progress
+         where (select set_config('search_path', config.trigger_path, true)) is not null
+           and license.user_id = new.student_id  -- mirror: and progress.student_id = new.user_id
+           and license.specialization_type = new.specialization_id  -- mirror: and progress.specialization_id = new.specialization_type
+           and progress.user_id = new.student_id
+           and progress.specialization = new.specialization_id
+           and license.current_level is distinct from progress.level
         returning license.current_level
       )
       insert into level_sync.sync_events as event
@@ -160,32 +158,30 @@ begin
         from carried
        where carried.current_level is distinct from old_level
       returning event.new_level into new_level;
-      never_read := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+      discarded := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     end if;
 
     -- Somebody else's trigger may have written another level, or none.
     if new_level is distinct from new.current_level then
-      perform level_sync._refuse_difference(new.student_id, new.specialization_id);
+      perform level_sync._raise_unless_synced(level_sync._pair(new.student_id, new.specialization_id, 'progress', change));
     end if;
 
-    never_read := set_config('level_sync.own_depth', outer_depth, true) || set_config('lock_timeout', outer_lock_timeout, true);
+    discarded := set_config('level_sync.own_depth', outer_depth, true) || set_config('lock_timeout', outer_lock_timeout, true);
   exception when others or assert_failure then
     if is_refused or on_error = 'raise' or sqlstate = '40001' then
       raise;
     end if;
     if sqlstate in ('55P03', '40P01') then
-      perform level_sync._defer_pair(new.student_id, new.specialization_id, 'progress', change);
+      perform level_sync._defer_pair(level_sync._pair(new.student_id, new.specialization_id, 'progress', change));
     else
-      perform level_sync._enqueue(array[new.student_id], array[new.specialization_id], array['progress'],
-                                  array[change], array[sqlstate], array[sqlerrm]);
+      perform level_sync._enqueue(array[level_sync._pair(new.student_id, new.specialization_id, 'progress', change,
+                                                         sqlstate => sqlstate, message => sqlerrm)]);
     end if;
   end;
   return null;
 end
 $$;
-
-comment on function level_sync.carry_progress() is
-  'Carries a written progress level to the license. Refuses a level outside 1..max_levels; any other failure queues the pair and lets the write stand, unless settings.on_error is raise.';
+comment on function level_sync.carry_progress() is 'Carries a written progress level to the license. Refuses a level outside 1..max_levels; any other failure queues the pair and lets the write stand, unless settings.on_error is raise.';
 
 select level_sync._ensure_trigger('public.specialization_progress', 'progress_created', $trigger$
   create trigger progress_created
@@ -206,233 +202,22 @@ select level_sync._ensure_trigger('public.specialization_progress', 'progress_le
     execute function level_sync.carry_progress()
 $trigger$, 'The license gets the level that was written here.');
 
--- The same for many pairs in a handful of statements; for bulk, drains and people.
--- Planned anew each time: only then does the planner know how many pairs there are. The checks of foreign keys and the
--- application's triggers, which run within each statement, are planned as usual.
-create or replace function level_sync._carry_progress_to_licenses(
-    user_ids bigint[], specializations text[], sides text[], changes text[], source text, run_id bigint,
-    actors text[], reasons text[], locks_both boolean, progress_levels integer[], license_levels integer[])
-  returns bigint[]
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
-  set plan_cache_mode = force_custom_plan
-  set jit = off
-as $$
-declare
-  outer_depth   text := current_setting('level_sync.own_depth', true);
-  carried_at    constant timestamptz := clock_timestamp();
-  written_at    constant public.user_licenses.last_advanced_at%type := level_sync._as_utc(carried_at);
-  rule          record;
-  held_count    bigint;
-  created_count bigint := 0;
-  arrived       bigint[];
-  arrived_new   bigint[];
-  ends          record;
-  nestloop      constant text := current_setting('enable_nestloop');
-begin
-  if not ('progress' = any (sides) or 'created' = any (changes) or 'deleted' = any (changes)) then
-    return '{}'::bigint[];
-  end if;
-  select settings.on_delete, settings.trigger_search_path || ', pg_temp' as trigger_path
-    into rule
-    from level_sync.settings;
-  -- Said besides the pairs, so that a batch of neighbours is looked up as a range and not in the whole table.
-  select min(pair.user_id) as first_user, max(pair.user_id) as last_user into ends from unnest(user_ids) as pair (user_id);
-  perform set_config('level_sync.own_depth', pg_trigger_depth()::text, true);
-  if actors is null then
-    actors  := array_fill(level_sync._session_actor(), array[cardinality(user_ids)]);
-    reasons := array_fill(level_sync._session_reason(), array[cardinality(user_ids)]);
-  end if;
-
-  -- Locked and written in one statement: what somebody else holds is left alone, and of a row that was written since the
-  -- statement began the last version is locked, so old_level is the level that is replaced.
-  with held as materialized (
-    select locked.*
-      from (
-        select pair.pair_number, pair.user_id, pair.specialization, license.current_level as old_level,
-               progress.current_level as new_level, pair.actor, pair.reason
-          from unnest(user_ids, specializations, sides, changes, actors, reasons) with ordinality
-                 as pair (user_id, specialization, side, change, actor, reason, pair_number)
-          join public.specialization_progress as progress
-            on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-           and progress.student_id between ends.first_user and ends.last_user
-          join public.user_licenses as license
-            on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-           and license.user_id between ends.first_user and ends.last_user
-          join public.specializations as specialization
-            on specialization.id = pair.specialization
-           and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
-         where not locks_both
-           and (pair.side = 'progress' and pair.change = 'level_changed'
-                and license.current_level is distinct from progress.current_level
-                or pair.change = 'created' and coalesce(license.current_level, 0) < progress.current_level)
-           for no key update of license skip locked
-      ) as locked
-     union all
-    select locked.*
-      from (
-        select pair.pair_number, pair.user_id, pair.specialization, license.current_level, progress.current_level,
-               pair.actor, pair.reason
-          from unnest(user_ids, specializations, progress_levels, license_levels, actors, reasons) with ordinality
-                 as pair (user_id, specialization, progress_level, license_level, actor, reason, pair_number)
-          join public.specialization_progress as progress
-            on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-           and progress.student_id between ends.first_user and ends.last_user
-          join public.user_licenses as license
-            on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-           and license.user_id between ends.first_user and ends.last_user
-          join public.specializations as specialization
-            on specialization.id = pair.specialization
-           and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
-         where locks_both
-           and (progress_levels is null
-                or progress.current_level is not distinct from pair.progress_level
-                   and license.current_level is not distinct from pair.license_level)
-           for no key update of progress, license skip locked
-      ) as locked
-  ), carried as (
-    update public.user_licenses as license
-       set current_level      = held.new_level,
-           max_achieved_level = greatest(license.max_achieved_level, held.new_level),
-           last_advanced_at   = written_at
-      from held
-     where (select level_sync._as_the_application(rule.trigger_path))
-       and held.old_level is distinct from held.new_level
-       and license.user_id = held.user_id
-       and license.user_id between ends.first_user and ends.last_user
-       and license.specialization_type = held.specialization
-    returning license.user_id, license.specialization_type, held.old_level, held.new_level, license.current_level,
-              held.actor, held.reason, held.pair_number
-  ), logged as (
-    insert into level_sync.sync_events
-           (occurred_at, user_id, specialization, direction, action, old_level, new_level, source, run_id, actor, reason)
-    select carried_at, carried.user_id, carried.specialization_type, 'progress_to_license', 'updated',
-           carried.old_level, carried.current_level, source, run_id, carried.actor, carried.reason
-      from carried
-     where carried.current_level is distinct from carried.old_level
-  )
-  select (select count(*) from held),
-         array(select carried.pair_number from carried where carried.current_level = carried.new_level
-                union all
-               select held.pair_number from held where held.old_level = held.new_level)
-    into held_count, arrived;
-  perform level_sync._as_ourselves(nestloop);
-  if locks_both and cardinality(arrived) < held_count then
-    raise object_not_in_prerequisite_state using
-      message = 'the level did not arrive: a trigger of the other table changed or dropped the write';
-  end if;
-
-  if not locks_both and ('deleted' = any (changes) or 'progress' = any (sides) and cardinality(user_ids) > held_count) then
-    with missing as materialized (
-      select pair.user_id, pair.specialization, progress.current_level as new_level, pair.actor, pair.reason, pair.pair_number
-        from unnest(user_ids, specializations, sides, changes, actors, reasons) with ordinality
-               as pair (user_id, specialization, side, change, actor, reason, pair_number)
-        join public.specialization_progress as progress
-          on progress.student_id = pair.user_id and progress.specialization_id = pair.specialization
-          and progress.student_id between ends.first_user and ends.last_user
-        join public.specializations as specialization
-          on specialization.id = pair.specialization
-         and progress.current_level between 1 and coalesce(specialization.max_levels, progress.current_level)
-       where (pair.side = 'progress' and pair.change in ('created', 'level_changed')
-              or pair.side = 'license' and pair.change = 'deleted' and rule.on_delete <> 'propagate')
-         and not exists (
-           select from public.user_licenses as license
-            where license.user_id = pair.user_id and license.specialization_type = pair.specialization
-              and license.user_id between ends.first_user and ends.last_user)
-    ), inserted as (
-      insert into public.user_licenses
-             (user_id, specialization_type, current_level, max_achieved_level, started_at, last_advanced_at)
-      select missing.user_id, missing.specialization, missing.new_level, missing.new_level,
-             written_at, written_at
-        from missing
-       where (select level_sync._as_the_application(rule.trigger_path))
-      on conflict do nothing
-      returning user_licenses.user_id, user_licenses.specialization_type, user_licenses.current_level
-    ), created as (
-      select inserted.user_id, inserted.specialization_type, inserted.current_level, missing.new_level,
-             missing.actor, missing.reason, missing.pair_number
-        from inserted
-        join missing on missing.user_id = inserted.user_id and missing.specialization = inserted.specialization_type
-    ), logged as (
-      insert into level_sync.sync_events
-             (occurred_at, user_id, specialization, direction, action, new_level, source, run_id, actor, reason)
-      select carried_at, created.user_id, created.specialization_type, 'progress_to_license', 'created',
-             created.current_level, source, run_id, created.actor, created.reason
-        from created
-    )
-    select (select count(*) from created),
-           array(select created.pair_number from created where created.current_level = created.new_level)
-      into created_count, arrived_new;
-    perform level_sync._as_ourselves(nestloop);
-
-    -- As a foreign key does it: beside one that was inserted, the row that was there must not go before this transaction
-    -- has ended, because whoever deletes it cannot see the new one yet.
-    if 'created' = any (changes) and cardinality(user_ids) > created_count then
-      perform from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
-        join public.user_licenses as license
-          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-         and license.user_id between ends.first_user and ends.last_user
-       where pair.side = 'progress' and pair.change = 'created'
-         and license.last_advanced_at is distinct from written_at  -- but not those that were made just now
-         for key share of license nowait;
-    end if;
-  end if;
-
-  if rule.on_delete = 'propagate' and 'deleted' = any (changes) then
-    with doomed as (
-      select license.user_id, license.specialization_type
-        from unnest(user_ids, specializations, sides, changes) as pair (user_id, specialization, side, change)
-        join public.user_licenses as license
-          on license.user_id = pair.user_id and license.specialization_type = pair.specialization
-          and license.user_id between ends.first_user and ends.last_user
-       where pair.side = 'progress' and pair.change = 'deleted'
-         and not exists (
-           select from public.specialization_progress as progress
-            where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization)
-         for update of license skip locked
-    ), deleted as (
-      delete from public.user_licenses as license
-       using doomed
-       where (select level_sync._as_the_application(rule.trigger_path))
-         and license.user_id = doomed.user_id and license.specialization_type = doomed.specialization_type
-      returning license.user_id, license.specialization_type, license.current_level
-    )
-    insert into level_sync.sync_events
-           (occurred_at, user_id, specialization, direction, action, old_level, source, run_id, actor, reason)
-    select carried_at, deleted.user_id, deleted.specialization_type, 'progress_to_license', 'deleted',
-           deleted.current_level, source, run_id, pair.actor, pair.reason
-      from deleted
-      join unnest(user_ids, specializations, actors, reasons) as pair (user_id, specialization, actor, reason)
-        on pair.user_id = deleted.user_id and pair.specialization = deleted.specialization_type;
-    perform level_sync._as_ourselves(nestloop);
-  end if;
-
-  perform set_config('level_sync.own_depth', outer_depth, true);
-  return arrived || arrived_new;
-end
-$$;
-
-comment on function level_sync._carry_progress_to_licenses(bigint[], text[], text[], text[], text, bigint, text[], text[], boolean, integer[], integer[]) is
-  'Brings licenses to the level of their progress, for those of the pairs whose change asks for it. Leaves alone rows that others hold and levels that are out of range. Actors and reasons go into the events; NULL means those of this session. locks_both: only pairs of which it can lock both rows, whatever their change, and if levels are given only those that have them; all of these arrive, or it raises object_not_in_prerequisite_state. Returns the numbers of the pairs, counted from 1, that are certainly equal now.';
-
 -- At commit: progress may only go together with its license.
-create or replace function level_sync._judge_lone_license(user_id bigint, specialization text)
-  returns void
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+create or replace function level_sync._check_lone_license(user_id bigint, specialization text)
+  returns void language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  license_level integer;
+  license_level bigint;
 begin
-  select license.current_level
+  select license.level
     into license_level
-    from public.user_licenses as license
-   where license.user_id = _judge_lone_license.user_id
-     and license.specialization_type = _judge_lone_license.specialization
+    from level_sync.license_side as license
+   where license.user_id = _check_lone_license.user_id
+     and license.specialization = _check_lone_license.specialization
      and not exists (
-       select from public.specialization_progress as progress
-        where progress.student_id = _judge_lone_license.user_id
-          and progress.specialization_id = _judge_lone_license.specialization);
+       select from level_sync.progress_side as progress
+        where progress.user_id = _check_lone_license.user_id
+          and progress.specialization = _check_lone_license.specialization);
   if not found then
     return;
   end if;
@@ -443,72 +228,56 @@ begin
                        user_id, specialization, license_level),
       hint    = 'Delete or move both rows in one transaction, or set level_sync.settings.on_delete to propagate or recreate.';
   end if;
-  perform level_sync._defer_pair(user_id, specialization, 'progress', 'deleted');
+  perform level_sync._defer_pair(level_sync._pair(user_id, specialization, 'progress', 'deleted'));
 end
 $$;
+comment on function level_sync._check_lone_license(bigint, text) is 'Raises restrict_violation where a license is there without progress, or leaves the pair to settings.on_delete.';
 
-comment on function level_sync._judge_lone_license(bigint, text) is
-  'Raises restrict_violation where a license stands alone, or leaves the pair to settings.on_delete.';
-
-create or replace function level_sync.judge_deleted_progress()
-  returns trigger
-  language plpgsql
-  security definer
-  set search_path = pg_catalog, pg_temp
+create or replace function level_sync.check_deleted_progress()
+  returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform level_sync._judge_lone_license(old.student_id, old.specialization_id);
+  perform level_sync._check_lone_license(old.student_id, old.specialization_id);
   return null;
 end
 $$;
-
-comment on function level_sync.judge_deleted_progress() is
-  'Refuses at commit a deleted progress whose license is still there, or does what settings.on_delete says.';
+comment on function level_sync.check_deleted_progress() is 'Refuses at commit a deleted progress whose license is still there, or does what settings.on_delete says.';
 
 create or replace function level_sync.note_deleted_progress()
-  returns trigger
-  language plpgsql
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into level_sync.pending_pairs (user_id, specialization, side, change)
-  select old.student_id, old.specialization_id, 'progress', 'left'
+  select old.student_id, old.specialization_id, 'progress', 'departed'
    where old.student_id is not null and old.specialization_id is not null;
   return null;
 end
 $$;
+comment on function level_sync.note_deleted_progress() is 'Keeps the set that this transaction carries at its commit from taking a deleted progress for a missing one.';
 
-comment on function level_sync.note_deleted_progress() is
-  'Keeps the set that this transaction carries at its commit from taking a deleted progress for a missing one.';
-
--- At commit: the place a progress row has moved to is carried as an insert is.
-create or replace function level_sync._judge_moved_progress(user_id bigint, specialization text)
-  returns void
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+-- At commit: the pair that a progress row has moved to is carried as an insert is.
+create or replace function level_sync._check_moved_progress(user_id bigint, specialization text)
+  returns void language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  place record;
+  moved record;
 begin
-  select progress.current_level, limits.max_levels
-    into place
-    from public.specialization_progress as progress
-    left join public.specializations as limits on limits.id = progress.specialization_id
-   where progress.student_id = _judge_moved_progress.user_id
-     and progress.specialization_id = _judge_moved_progress.specialization;
+  select progress.level, known.max_levels
+    into moved
+    from level_sync.progress_side as progress
+    left join public.specializations as known on known.id = progress.specialization
+   where progress.user_id = _check_moved_progress.user_id
+     and progress.specialization = _check_moved_progress.specialization;
   if not found then
     return;
   end if;
-  if place.current_level is null or place.current_level < 1 or place.current_level > place.max_levels then
-    perform level_sync._refuse_level('progress', user_id, specialization, place.current_level, place.max_levels);
+  if not level_sync._is_level_in_range(moved.level, moved.max_levels) then
+    perform level_sync._raise_level_violation('progress', user_id, specialization, moved.level, moved.max_levels);
   end if;
-  perform level_sync._defer_pair(user_id, specialization, 'progress', 'created');
+  perform level_sync._defer_pair(level_sync._pair(user_id, specialization, 'progress', 'created'));
 end
 $$;
-
-comment on function level_sync._judge_moved_progress(bigint, text) is
-  'Refuses a level that the new specialization does not have, or carries it without demoting the row that is there.';
+comment on function level_sync._check_moved_progress(bigint, text) is 'Refuses a level that the new specialization does not have, or carries it without demoting the row that is there.';
 
 select level_sync._ensure_trigger('public.specialization_progress', 'progress_deleted_before_a_set', $trigger$
   create trigger progress_deleted_before_a_set
@@ -516,30 +285,26 @@ select level_sync._ensure_trigger('public.specialization_progress', 'progress_de
     for each row
     when (current_setting('level_sync.pending', true) = 'on')
     execute function level_sync.note_deleted_progress()
-$trigger$, 'The set of this transaction leaves the pair to what judges deletions at commit.');
+$trigger$, 'The set of this transaction leaves the pair to the check of deletions at commit.');
 
 select level_sync._ensure_trigger('public.specialization_progress', 'progress_deleted', $trigger$
   create constraint trigger progress_deleted
     after delete on public.specialization_progress
-    deferrable initially deferred
-    for each row
+    deferrable initially deferred for each row
     when (current_setting('level_sync.own_depth', true) is distinct from pg_trigger_depth()::text)
-    execute function level_sync.judge_deleted_progress()
+    execute function level_sync.check_deleted_progress()
 $trigger$, 'At commit: progress goes only together with its license, or as settings.on_delete says.');
 
-create or replace function level_sync.judge_truncated_progress()
-  returns trigger
-  language plpgsql
-  security definer
-  set search_path = pg_catalog, pg_temp
+create or replace function level_sync.check_truncated_progress()
+  returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if exists (
-    select from public.user_licenses as license
+    select from level_sync.license_side as license
      where not exists (
-       select from public.specialization_progress as progress
-        where progress.student_id = license.user_id
-          and progress.specialization_id = license.specialization_type))
+       select from level_sync.progress_side as progress
+        where progress.user_id = license.user_id
+          and progress.specialization = license.specialization))
   then
     raise restrict_violation using
       message = 'specialization_progress cannot be truncated alone: user_licenses still has rows',
@@ -548,14 +313,11 @@ begin
   return null;
 end
 $$;
-
-comment on function level_sync.judge_truncated_progress() is
-  'Raises restrict_violation where a TRUNCATE leaves licenses without progress.';
+comment on function level_sync.check_truncated_progress() is 'Raises restrict_violation where a TRUNCATE leaves licenses without progress.';
 
 select level_sync._ensure_trigger(part.relation, 'progress_truncated', format($trigger$
   create trigger progress_truncated
     after truncate on %s
-    for each statement
-    execute function level_sync.judge_truncated_progress()
-$trigger$, part.qualified_name), 'TRUNCATE is refused unless no license stands alone afterwards.')
+    for each statement execute function level_sync.check_truncated_progress()
+$trigger$, part.qualified_name), 'TRUNCATE is refused unless no license is left without progress.')
   from level_sync._table_and_partitions('public.specialization_progress') as part;

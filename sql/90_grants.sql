@@ -1,18 +1,15 @@
 -- level-sync grant and revoke: what a reader may see and an operator may run, each by name.
 
 create or replace function level_sync._grant_to(role_name name, kind text)
-  returns void
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+  returns void language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   reading   constant name[] := array['_all_desync_issues', 'find_desync_issues', '_count_desyncs', '_check_triggers', '_check_functions',
     '_check_foreign_keys', '_check_orphans', '_check_hidden_rows', '_check_pairs', '_check_queue', '_check_runs',
-    '_check_schedule', '_schema_version', '_row_counts', '_cron_database', '_cron_access', '_cron_jobs_query', '_judge_cron_jobs'];
-  operating constant name[] := array['reconcile', '_look_for_transaction', '_refusal_to_commit', '_begin_batch',
-    '_refuse_senseless_run', '_run_lock', '_try_run_lock', '_log_skipped_run', '_run_settings', '_start_run', '_drain_batch',
-    '_plan_range', '_count_planned', '_repair_batch', '_tell_progress', '_finish_run', 'drain_queue', 'requeue', 'undo', 'purge',
-    '_purge_batch', 'maintain', '_is_run_missed', '_check_live', 'sync_progress_to_license', 'sync_license_to_progress',
+    '_check_schedule', '_schema_version', '_row_counts', '_cron_database', '_cron_access', '_cron_jobs_query', '_check_cron_jobs'];
+  operating constant name[] := array['reconcile', '_detect_outer_transaction', '_refusal_to_commit', '_begin_batch',
+    '_validate_run_arguments', '_run_lock', '_try_run_lock', '_log_skipped_run', '_start_run', '_run_step', '_finish_run',
+    '_drain_batch', 'drain_queue', 'requeue', 'undo', 'purge', '_purge_batch', 'maintain', '_is_run_missed', '_check_live', 'sync_progress_to_license', 'sync_license_to_progress',
     'sync_user', 'update_progress', 'advance_license'];
   granted   name[];
   missing   name[];
@@ -56,14 +53,10 @@ begin
   end loop;
 end
 $$;
-
-comment on function level_sync._grant_to(name, text) is
-  'Gives a role the rights of a reader (see everything, change nothing) or of an operator (also run, repair, undo, requeue and change settings), and no others of level_sync. Raises undefined_object for an unknown role.';
+comment on function level_sync._grant_to(name, text) is 'Gives a role the rights of a reader (see everything, change nothing) or of an operator (also run, repair, undo, requeue and change settings), and no others of level_sync. Raises undefined_object for an unknown role.';
 
 create or replace function level_sync._revoke_from(role_name name)
-  returns void
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+  returns void language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
   if not exists (select from pg_roles where pg_roles.rolname = role_name) then
@@ -74,5 +67,4 @@ begin
   execute format('revoke all on schema level_sync from %I', role_name);
 end
 $$;
-
 comment on function level_sync._revoke_from(name) is 'Takes every right in level_sync from a role.';

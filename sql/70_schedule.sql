@@ -1,101 +1,8 @@
--- Two pg_cron jobs: the reconcile, and a maintenance every minute that drains the queue, catches up a missed run and
--- purges. Loading this file schedules nothing.
-
-create or replace function level_sync._purge_batch()
-  returns integer
-  language plpgsql
-  security definer
-  set search_path = pg_catalog, pg_temp
-as $$
-declare
-  rule    record;
-  deleted integer;
-  total   integer := 0;
-begin
-  select * into rule from level_sync.settings;
-
-  delete from level_sync.sync_plan as plan
-   where ctid = any (array(
-     select old.ctid from level_sync.sync_plan as old
-      where not exists (select from level_sync.sync_log where sync_log.run_id = old.run_id
-                           and sync_log.job_start >= clock_timestamp() - rule.log_retention)
-      limit rule.batch_size));
-  get diagnostics deleted = row_count;
-  total := total + deleted;
-
-  delete from level_sync.sync_log
-   where sync_log.run_id in (
-     select old.run_id from level_sync.sync_log as old
-      where old.status <> 'running' and old.job_start < clock_timestamp() - rule.log_retention
-      limit rule.batch_size);
-  get diagnostics deleted = row_count;
-  total := total + deleted;
-
-  delete from level_sync.sync_queue as queued
-   where ctid = any (array(
-     select old.ctid from level_sync.sync_queue as old
-      where old.dead_at < clock_timestamp() - rule.log_retention
-      limit rule.batch_size));
-  get diagnostics deleted = row_count;
-  total := total + deleted;
-
-  delete from level_sync.sync_events
-   where ctid = any (array(
-     select old.ctid from level_sync.sync_events as old
-      where old.occurred_at < clock_timestamp() - rule.event_retention
-      limit rule.batch_size));
-  get diagnostics deleted = row_count;
-  total := total + deleted;
-
-  if (case when (select access.may_read from level_sync._cron_access() as access)
-           then has_table_privilege(to_regclass('cron.job_run_details'), 'delete') end)
-  then
-    execute $sql$
-      delete from cron.job_run_details as details
-       where details.runid in (
-         select old.runid
-           from cron.job_run_details as old
-           join cron.job on job.jobid = old.jobid
-          where starts_with(job.jobname, 'level_sync_')
-            and job.database = current_database()
-            and old.start_time < clock_timestamp() - $1
-          limit $2)
-    $sql$ using rule.log_retention, rule.batch_size;
-    get diagnostics deleted = row_count;
-    total := total + deleted;
-  end if;
-  return total;
-end
-$$;
-
-comment on function level_sync._purge_batch() is
-  'Deletes up to batch_size rows past their retention from each table and returns how many rows went.';
-
-create or replace procedure level_sync.purge()
-  language plpgsql
-as $$
-declare
-  outer_path            constant text := pg_catalog.current_setting('search_path');
-  is_inside_transaction boolean;
-begin
-  call level_sync._look_for_transaction(is_inside_transaction);
-  call level_sync._begin_batch(is_inside_transaction);
-  while level_sync._purge_batch() > 0 loop
-    call level_sync._begin_batch(is_inside_transaction);
-  end loop;
-  perform set_config('search_path', outer_path, true);
-end
-$$;
-
-comment on procedure level_sync.purge() is
-  'Deletes what is past its retention: sync_log, plans, dead queue rows (log_retention), sync_events (event_retention), and our own rows of cron.job_run_details.';
+-- Two pg_cron jobs: the reconcile, and a maintenance every minute. Loading this file schedules nothing.
 
 -- Cron, as far as a five-field expression goes: lists, ranges, steps, names of months and days.
 create or replace function level_sync._cron_field(field text, lowest integer, highest integer, names text[] default '{}')
-  returns integer[]
-  language plpgsql
-  immutable
-  set search_path = pg_catalog, pg_temp
+  returns integer[] language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
 declare
   given  constant text := field;
@@ -128,15 +35,10 @@ begin
   return found_values;
 end
 $$;
-
-comment on function level_sync._cron_field(text, integer, integer, text[]) is
-  'The values one field of a cron expression matches. Raises invalid_parameter_value for anything else.';
+comment on function level_sync._cron_field(text, integer, integer, text[]) is 'The values one field of a cron expression matches. Raises invalid_parameter_value for anything else.';
 
 create or replace function level_sync._last_slot(cron_expression text, before timestamptz)
-  returns timestamptz
-  language plpgsql
-  stable
-  set search_path = pg_catalog, pg_temp
+  returns timestamptz language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
   fields constant text[] := regexp_split_to_array(btrim(cron_expression), '\s+');
@@ -182,86 +84,20 @@ begin
   end;
 end
 $$;
-
-comment on function level_sync._last_slot(text, timestamptz) is
-  'When the schedule was due the last time at or before a moment; NULL if never within five years.';
-
-create or replace function level_sync._is_run_missed(at timestamptz)
-  returns boolean
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
-as $$
-  select not exists (
-    select from level_sync.sync_log
-     where sync_log.job_start >= level_sync._last_slot(settings.schedule, _is_run_missed.at - settings.misfire_grace)
-       and (sync_log.status in ('success', 'partial', 'needs_approval') and not sync_log.dry_run
-            or sync_log.status = 'running' and level_sync._is_run_active()
-            -- One that failed is tried again, but not every minute.
-            or sync_log.status = 'failed' and sync_log.job_start >= _is_run_missed.at - settings.misfire_grace))
-    from level_sync.settings
-$$;
-
-comment on function level_sync._is_run_missed(timestamptz) is
-  'Whether the schedule''s last slot, misfire_grace ago or earlier, has seen no run that went through.';
-
-create or replace procedure level_sync.maintain()
-  language plpgsql
-as $$
-begin
-  if level_sync._is_run_missed(pg_catalog.clock_timestamp()) then
-    call level_sync.reconcile(started_by => 'catch_up');
-  end if;
-  call level_sync.drain_queue();
-  call level_sync.purge();
-end
-$$;
-
-comment on procedure level_sync.maintain() is
-  'What the job level_sync_maintain calls every minute: catches up a missed run, drains the queue, purges.';
-
-create or replace function level_sync.requeue(user_id bigint default null, specialization text default null)
-  returns bigint
-  language plpgsql
-  security definer
-  set search_path = pg_catalog, pg_temp
-as $$
-declare
-  revived bigint;
-begin
-  update level_sync.sync_queue as queued
-     set attempts = 0, dead_at = null, next_attempt_at = clock_timestamp()
-   where (requeue.user_id is null or queued.user_id = requeue.user_id)
-     and (requeue.specialization is null or queued.specialization = requeue.specialization);
-  get diagnostics revived = row_count;
-  return revived;
-end
-$$;
-
-comment on function level_sync.requeue(bigint, text) is
-  'Makes queued pairs, dead ones too, due at once with a fresh count of attempts: all, one user''s, or one pair. Returns how many.';
+comment on function level_sync._last_slot(text, timestamptz) is 'When the schedule was due the last time at or before a moment; NULL if never within five years.';
 
 -- pg_cron shows its settings to members of pg_read_all_settings only: what the owner of level_sync sees, its readers may know.
 create or replace function level_sync._cron_database()
-  returns text
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns text language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select pg_settings.setting from pg_settings where pg_settings.name = 'cron.database_name'
 $$;
-
-comment on function level_sync._cron_database() is
-  'Database in which pg_cron lives; NULL where it is not preloaded, or where the owner of level_sync may not see that.';
+comment on function level_sync._cron_database() is 'Database in which pg_cron lives; NULL where it is not preloaded, or where the owner of level_sync may not see that.';
 
 -- For who may not see the setting, pg_cron may be preloaded or not. Its table is looked up in the catalog: to_regclass would
 -- raise for a role without USAGE on schema cron, such as any reader.
 create or replace function level_sync._cron_access(out is_preloaded boolean, out is_here boolean, out may_read boolean, out cron_database text)
-  language sql
-  stable
-  set search_path = pg_catalog, pg_temp
+  language sql stable set search_path = pg_catalog, pg_temp
 as $$
   select case when shown.setting is not null or job.oid is not null then true
               when pg_has_role(current_user, 'pg_read_all_settings', 'usage') then false end,
@@ -279,15 +115,10 @@ as $$
        where pg_namespace.nspname = 'cron' and pg_class.relname = 'job'
     ) as job on true
 $$;
-
-comment on function level_sync._cron_access() is
-  'Whether pg_cron is preloaded (NULL: this role may not see that), lives in this database and may be read; and in which database it lives.';
+comment on function level_sync._cron_access() is 'Whether pg_cron is preloaded (NULL: this role may not see that), lives in this database and may be read; and in which database it lives.';
 
 create or replace function level_sync._wanted_cron_jobs(cron_expression text default null)
-  returns table (jobname text, schedule text, command text, signature text)
-  language sql
-  stable
-  security definer
+  returns table (jobname text, schedule text, command text, signature text) language sql stable security definer
   set search_path = pg_catalog, pg_temp
 as $$
   select 'level_sync_reconcile', coalesce(cron_expression, settings.schedule),
@@ -296,13 +127,10 @@ as $$
    union all
   select 'level_sync_maintain', '* * * * *', 'call level_sync.maintain()', 'level_sync.maintain()'
 $$;
-
 comment on function level_sync._wanted_cron_jobs(text) is 'The two jobs as they should stand in cron.job.';
 
 create or replace function level_sync.schedule(cron_expression text default null)
-  returns jsonb
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+  returns jsonb language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   cron      record;
@@ -332,14 +160,10 @@ begin
   return scheduled || jsonb_build_object('schedule', wanted);
 end
 $$;
-
-comment on function level_sync.schedule(text) is
-  'Makes or updates the pg_cron jobs level_sync_reconcile (default: settings.schedule) and level_sync_maintain (every minute). Returns their ids. Raises feature_not_supported with what to do where pg_cron is not in this database, invalid_parameter_value for a bad expression.';
+comment on function level_sync.schedule(text) is 'Makes or updates the pg_cron jobs level_sync_reconcile (default: settings.schedule) and level_sync_maintain (every minute). Returns their ids. Raises feature_not_supported with what to do where pg_cron is not in this database, invalid_parameter_value for a bad expression.';
 
 create or replace function level_sync.unschedule()
-  returns integer
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+  returns integer language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   removed integer := 0;
@@ -355,5 +179,4 @@ begin
   return removed;
 end
 $$;
-
 comment on function level_sync.unschedule() is 'Removes both pg_cron jobs and returns how many there were.';

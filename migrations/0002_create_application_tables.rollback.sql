@@ -5,11 +5,9 @@ declare
   is_filled boolean;
 begin
   for added in
-    select changes.change_id, changes.undo_sql, changes.change,
-           substring(changes.change from '^added column (.*) to ') as name,
-           substring(changes.change from ' to (.*)$') as on_table
+    select changes.*
       from level_sync.application_changes as changes
-     where changes.change like 'added column %'
+     where changes.kind = 'column'
      order by changes.change_id desc
   loop
     is_filled := false;

@@ -1,23 +1,7 @@
--- Orphans and duplicates of the time before level_sync are moved aside whole, never deleted, and can come back.
--- Migrate loads this file before all others, because it needs it before the tables are fit for the rest.
+-- Orphans and duplicates of the time before level_sync are quarantined whole, never deleted, and can come back.
 
--- Set within a statement of ours, when its own names are resolved and before the application's triggers run.
-create or replace function level_sync._trigger_path()
-  returns text
-  language sql
-  stable
-  set search_path = pg_catalog, pg_temp
-as $$
-  select settings.trigger_search_path || ', pg_temp' from level_sync.settings
-$$;
-
-comment on function level_sync._trigger_path() is
-  'The search_path with which the application''s own triggers run when level_sync writes their table.';
-
-create or replace function level_sync._stray_rows(on_table text, why text)
-  returns table (relation oid, place tid, user_id bigint, specialization text)
-  language sql
-  stable
+create or replace function level_sync._orphans_and_duplicates(on_table text, why text)
+  returns table (relation oid, place tid, user_id bigint, specialization text) language sql stable
   set search_path = pg_catalog, pg_temp
 as $$
   select progress.tableoid, progress.ctid, progress.student_id::bigint, progress.specialization_id::text
@@ -55,21 +39,17 @@ as $$
     ) as ranked
    where ranked.rank > 1
 $$;
+comment on function level_sync._orphans_and_duplicates(text, text) is 'Where the orphans or duplicates of a table are, with the pair each belongs to.';
 
-comment on function level_sync._stray_rows(text, text) is
-  'Where the orphans or duplicates of a table stand, with the pair each belongs to.';
-
-create or replace function level_sync._refuse_stray_rows(on_table text, why text)
-  returns void
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+create or replace function level_sync._raise_orphans_and_duplicates(on_table text, why text)
+  returns void language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   stray record;
 begin
   select count(*) as count, (array_agg(format('user %s in %s', coalesce(found.user_id::text, 'NULL'), coalesce(found.specialization, 'NULL'))))[1:5] as examples
     into stray
-    from level_sync._stray_rows(on_table, why) as found;
+    from level_sync._orphans_and_duplicates(on_table, why) as found;
   if stray.count > 0 then
     raise exception using
       errcode = case why when 'orphan' then '23503' else '23505' end,
@@ -81,16 +61,11 @@ begin
   end if;
 end
 $$;
+comment on function level_sync._raise_orphans_and_duplicates(text, text) is 'Raises foreign_key_violation or unique_violation with a count and examples where a table has orphans or duplicates.';
 
-comment on function level_sync._refuse_stray_rows(text, text) is
-  'Raises foreign_key_violation or unique_violation with a count and examples where a table has orphans or duplicates.';
-
-create or replace function level_sync._set_rows_aside(on_table text, why text)
-  returns bigint
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
-  set datestyle = 'ISO'
-  set intervalstyle = 'postgres'
+create or replace function level_sync._quarantine_rows(on_table text, why text)
+  returns bigint language plpgsql
+  set search_path = pg_catalog, pg_temp set datestyle = 'ISO' set intervalstyle = 'postgres'
   set extra_float_digits = 1
 as $$
 declare
@@ -112,7 +87,7 @@ begin
      where constraint_.contype = 'f' and constraint_.confrelid = parent
   loop
     execute format(
-      'select count(*) from level_sync._stray_rows($1, $2) as stray
+      'select count(*) from level_sync._orphans_and_duplicates($1, $2) as stray
          join %s as parent on parent.tableoid = stray.relation and parent.ctid = stray.place
          join %s as child on %s', parent, reference.child, reference.condition)
       into referring using on_table, why;
@@ -125,11 +100,11 @@ begin
 
   execute format(
     'with stray as materialized (
-       select * from level_sync._stray_rows($1, $2)
+       select * from level_sync._orphans_and_duplicates($1, $2)
      ), moved as (
        delete from %1$s as parent
         using stray
-        where (select pg_catalog.set_config(''search_path'', level_sync._trigger_path(), true)) is not null
+        where (select level_sync._enter_trigger_context())
           and parent.tableoid = stray.relation and parent.ctid = stray.place
        returning stray.user_id, stray.specialization, parent::%1$s::text as whole_row
      )
@@ -138,70 +113,58 @@ begin
        from moved', parent)
     using on_table, why;
   get diagnostics moved = row_count;
-  perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   return moved;
 end
 $$;
+comment on function level_sync._quarantine_rows(text, text) is 'Moves the orphans or duplicates of a table, whole, to quarantined_rows and returns how many. Raises foreign_key_violation where other tables refer to them.';
 
-comment on function level_sync._set_rows_aside(text, text) is
-  'Moves the orphans or duplicates of a table, whole, to quarantined_rows and returns how many. Raises foreign_key_violation where other tables refer to them.';
-
-create or replace function level_sync._restore_rows(out restored bigint, out left_aside bigint, out reason text)
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
-  set datestyle = 'ISO'
-  set intervalstyle = 'postgres'
+create or replace function level_sync._restore_rows(out restored bigint, out quarantined bigint, out reason text)
+  language plpgsql set search_path = pg_catalog, pg_temp set datestyle = 'ISO' set intervalstyle = 'postgres'
 as $$
 declare
-  aside   record;
+  stray   record;
   columns text;
 begin
-  restored   := 0;
-  left_aside := 0;
-  for aside in
+  restored    := 0;
+  quarantined := 0;
+  for stray in
     select * from level_sync.quarantined_rows order by quarantine_id for update
   loop
     select string_agg(quote_ident(part.attname), ', ' order by part.attnum)
       into columns
       from pg_attribute as part
-     where part.attrelid = format('public.%I', aside.on_table)::regclass
+     where part.attrelid = format('public.%I', stray.on_table)::regclass
        and part.attnum > 0 and not part.attisdropped and part.attgenerated = '';
     begin
-      execute format('insert into public.%1$I (%2$s) overriding system value select %2$s from (select ($1::public.%1$I).*) as aside
-                      where (select pg_catalog.set_config(''search_path'', level_sync._trigger_path(), true)) is not null',
-                     aside.on_table, columns)
-        using aside.whole_row;
-      perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-      delete from level_sync.quarantined_rows where quarantined_rows.quarantine_id = aside.quarantine_id;
+      execute format('insert into public.%1$I (%2$s) overriding system value select %2$s from (select ($1::public.%1$I).*) as stray
+                      where (select level_sync._enter_trigger_context())',
+                     stray.on_table, columns)
+        using stray.whole_row;
+      perform level_sync._leave_trigger_context();
+      delete from level_sync.quarantined_rows where quarantined_rows.quarantine_id = stray.quarantine_id;
       restored := restored + 1;
     exception when others then
-      left_aside := left_aside + 1;
-      reason := coalesce(reason, format('user %s in %s: %s', aside.user_id, aside.specialization, sqlerrm));
+      quarantined := quarantined + 1;
+      reason := coalesce(reason, format('user %s in %s: %s', stray.user_id, stray.specialization, sqlerrm));
     end;
   end loop;
 end
 $$;
+comment on function level_sync._restore_rows() is 'Puts quarantined rows back where nothing forbids it any more; tells how many came back, how many could not, and why the first could not.';
 
 -- A rollback drops the table they are kept in.
 create or replace function level_sync._restore_rows_or_stop()
-  returns void
-  language plpgsql
-  set search_path = pg_catalog, pg_temp
+  returns void language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   outcome record;
 begin
   select * into outcome from level_sync._restore_rows();
-  if outcome.left_aside > 0 then
+  if outcome.quarantined > 0 then
     raise object_not_in_prerequisite_state using
-      message = format('%s row(s) of level_sync.quarantined_rows cannot come back: %s', outcome.left_aside, outcome.reason),
+      message = format('%s row(s) of level_sync.quarantined_rows cannot come back: %s', outcome.quarantined, outcome.reason),
       hint    = 'They would be lost. Remove what forbids them, or copy them elsewhere and delete them there; then roll back again.';
   end if;
 end
 $$;
-
-comment on function level_sync._restore_rows_or_stop() is
-  'Puts every quarantined row back, or raises object_not_in_prerequisite_state: what a rollback does before it drops them.';
-
-comment on function level_sync._restore_rows() is
-  'Puts quarantined rows back where nothing forbids it any more; tells how many came back, how many could not, and why the first could not.';
+comment on function level_sync._restore_rows_or_stop() is 'Puts every quarantined row back, or raises object_not_in_prerequisite_state: what a rollback does before it drops them.';

@@ -2,9 +2,9 @@
 
 from yoyo import step
 
-from level_sync.install import drop_pair_indexes, make_pairs_unique
+from level_sync.setup.install import drop_pair_indexes, make_pairs_unique
 
-__depends__ = {"0008_create_reconcile_tables"}
+__depends__ = {"0006_comment_application_tables"}
 __transactional__ = False
 
 steps = [step(make_pairs_unique, drop_pair_indexes)]

@@ -1,11 +1,7 @@
 -- One row per thing that can go wrong. ok is NULL where a check cannot be made: that is not good news, only no news.
 
 create or replace function level_sync._check_triggers()
-  returns table (name text, ok boolean, detail text, hint text)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.check_result language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select 'triggers',
          count(*) filter (where not is_good) = 0 and count(*) > 0,
@@ -23,15 +19,10 @@ as $$
           on present.tgrelid = installed.relation and present.tgname = installed.trigger_name
     ) as seen
 $$;
-
 comment on function level_sync._check_triggers() is 'Every trigger of ours is there, enabled, and as it was made.';
 
 create or replace function level_sync._check_functions()
-  returns table (name text, ok boolean, detail text, hint text)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.check_result language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select 'functions',
          count(*) filter (where not is_good) = 0 and count(*) > 0,
@@ -44,13 +35,10 @@ as $$
         left join pg_proc as present on present.oid = to_regprocedure(installed.signature)
     ) as seen
 $$;
-
 comment on function level_sync._check_functions() is 'Every function of ours has the body and the settings that were shipped.';
 
 create or replace function level_sync._wanted_foreign_keys()
-  returns table (child regclass, on_column text, parent regclass, name text)
-  language sql
-  stable
+  returns table (child regclass, on_column text, parent regclass, name text) language sql stable
   set search_path = pg_catalog, pg_temp
 as $$
   values (to_regclass('public.specialization_progress'), 'student_id', to_regclass('public.users'), 'fk_specialization_progress_user'),
@@ -58,15 +46,10 @@ as $$
          (to_regclass('public.user_licenses'), 'user_id', to_regclass('public.users'), 'fk_user_licenses_user'),
          (to_regclass('public.user_licenses'), 'specialization_type', to_regclass('public.specializations'), 'fk_user_licenses_spec')
 $$;
-
 comment on function level_sync._wanted_foreign_keys() is 'The four foreign keys that forbid orphans.';
 
 create or replace function level_sync._check_foreign_keys()
-  returns table (name text, ok boolean, detail text, hint text)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.check_result language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select 'foreign_keys',
          count(*) filter (where problem is not null) = 0,
@@ -94,16 +77,11 @@ as $$
          and present.conname <> wanted.name
     ) as seen
 $$;
-
 comment on function level_sync._check_foreign_keys() is 'The four foreign keys are there, RESTRICT and validated.';
 
 -- Looked for, not inferred: a write with session_replication_role = replica skips foreign keys.
 create or replace function level_sync._check_orphans()
-  returns table (name text, ok boolean, detail text, hint text)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.check_result language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select 'orphans',
          case when level_sync._hidden_tables() is null then sum(pairs) = 0 end,
@@ -129,15 +107,10 @@ as $$
        where not exists (select from public.specializations as known where known.id = license.specialization_type)
     ) as seen
 $$;
-
 comment on function level_sync._check_orphans() is 'No row of either table without its user and specialization.';
 
 create or replace function level_sync._check_hidden_rows()
-  returns table (name text, ok boolean, detail text, hint text)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.check_result language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select 'hidden_rows',
          case when hidden.tables is null then true end,
@@ -145,16 +118,10 @@ as $$
          'alter table ... no force row level security, or give the owner of level_sync the attribute BYPASSRLS.'
     from (select level_sync._hidden_tables() as tables) as hidden
 $$;
-
-comment on function level_sync._check_hidden_rows() is
-  'The owner of level_sync sees every row; where row level security hides some, desyncs and orphans cannot be told.';
+comment on function level_sync._check_hidden_rows() is 'The owner of level_sync sees every row; where row level security hides some, desyncs and orphans cannot be told.';
 
 create or replace function level_sync._last_finished_run()
-  returns setof level_sync.sync_log
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.sync_log language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select *
     from level_sync.sync_log
@@ -162,16 +129,10 @@ as $$
    order by sync_log.run_id desc
    limit 1
 $$;
-
-comment on function level_sync._last_finished_run() is
-  'The newest run that has ended: neither a dry one, nor one that found another run at work and was skipped.';
+comment on function level_sync._last_finished_run() is 'The newest run that has ended: neither a dry one, nor one that found another run at work and was skipped.';
 
 create or replace function level_sync._check_pairs()
-  returns table (name text, ok boolean, detail text, hint text)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.check_result language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select 'desync',
          case when level_sync._hidden_tables() is null then count(*) = 0 end,
@@ -186,15 +147,10 @@ as $$
               else 'call level_sync.reconcile(); or wait for the next run. See level_sync.desync_issues.' end
     from level_sync.desync_issues as issues
 $$;
-
 comment on function level_sync._check_pairs() is 'No desync.';
 
 create or replace function level_sync._check_queue()
-  returns table (name text, ok boolean, detail text, hint text)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.check_result language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select 'queue_dead',
          count(*) = 0,
@@ -215,15 +171,10 @@ as $$
    where queued.dead_at is null
      and queued.next_attempt_at < clock_timestamp() - interval '5 minutes'
 $$;
-
 comment on function level_sync._check_queue() is 'No dead pair, and none that has been due for more than five minutes.';
 
 create or replace function level_sync._check_runs()
-  returns table (name text, ok boolean, detail text, hint text)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.check_result language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select 'last_success',
          coalesce(latest.job_start >= level_sync._last_slot(settings.schedule, clock_timestamp() - settings.misfire_grace), false),
@@ -259,16 +210,11 @@ as $$
     from level_sync.sync_log
    where sync_log.status = 'running'
 $$;
-
-comment on function level_sync._check_runs() is
-  'The last slot of the schedule has seen a successful run, the last run that ended went well, and none says running that is not.';
+comment on function level_sync._check_runs() is 'The last slot of the schedule has seen a successful run, the last run that ended went well, and none says running that is not.';
 
 -- The same query here, and by level-sync verify in the database of pg_cron where that is another one.
 create or replace function level_sync._cron_jobs_query()
-  returns text
-  language sql
-  immutable
-  set search_path = pg_catalog, pg_temp
+  returns text language sql immutable set search_path = pg_catalog, pg_temp
 as $$
   select $sql$
     select coalesce(pg_catalog.jsonb_agg(pg_catalog.to_jsonb(job) || pg_catalog.jsonb_build_object('last_run', (
@@ -282,17 +228,12 @@ as $$
      where pg_catalog.starts_with(job.jobname, 'level_sync_')
   $sql$
 $$;
-
 comment on function level_sync._cron_jobs_query() is 'Query that gives our jobs of cron.job with the last run of each, as jsonb.';
 
-create or replace function level_sync._judge_cron_jobs(jobs jsonb)
-  returns table (name text, ok boolean, detail text, hint text)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+create or replace function level_sync._check_cron_jobs(jobs jsonb)
+  returns setof level_sync.check_result language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  with judged as (
+  with checked as (
     select wanted.jobname, job.*,
            case
              when job.jobid is null then 'the job is missing'
@@ -317,34 +258,28 @@ as $$
       ) as job (jobid, name, schedule, command, database, username, active, last_run) on true
       left join pg_roles as role on role.rolname = job.username
   )
-  select 'schedule: ' || judged.jobname, judged.problem is null,
-         coalesce(judged.problem, format('job %s at %s as %s', judged.jobid, judged.schedule, judged.username)),
+  select 'schedule: ' || checked.jobname, checked.problem is null,
+         coalesce(checked.problem, format('job %s at %s as %s', checked.jobid, checked.schedule, checked.username)),
          'Run level-sync schedule.'
-    from judged
+    from checked
    union all
-  select 'cron run: ' || judged.jobname,
-         judged.last_run ->> 'status' is null
-           or judged.last_run ->> 'status' = 'succeeded' and judged.last_run ->> 'start_time' is not null,
-         case when judged.last_run ->> 'status' is null then 'no run yet'
-              else format('last run %s at %s: %s', judged.last_run ->> 'status',
-                          coalesce(judged.last_run ->> 'start_time', 'no time'), left(judged.last_run ->> 'return_message', 500))
+  select 'cron run: ' || checked.jobname,
+         checked.last_run ->> 'status' is null
+           or checked.last_run ->> 'status' = 'succeeded' and checked.last_run ->> 'start_time' is not null,
+         case when checked.last_run ->> 'status' is null then 'no run yet'
+              else format('last run %s at %s: %s', checked.last_run ->> 'status',
+                          coalesce(checked.last_run ->> 'start_time', 'no time'), left(checked.last_run ->> 'return_message', 500))
          end,
-         case when judged.last_run ->> 'start_time' is null
+         case when checked.last_run ->> 'start_time' is null
               then 'pg_cron could not connect: set cron.use_background_workers = on, or allow it in pg_hba.conf.'
               else 'See return_message in cron.job_run_details.' end
-    from judged
-   where judged.jobid is not null
+    from checked
+   where checked.jobid is not null
 $$;
-
-comment on function level_sync._judge_cron_jobs(jsonb) is
-  'Both jobs are scheduled for this database, active, with the right command, time and role, and their last runs went well.';
+comment on function level_sync._check_cron_jobs(jsonb) is 'Both jobs are scheduled for this database, active, with the right command, time and role, and their last runs went well.';
 
 create or replace function level_sync._check_schedule()
-  returns table (name text, ok boolean, detail text, hint text)
-  language plpgsql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns setof level_sync.check_result language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   cron record;
@@ -393,23 +328,18 @@ begin
     return;
   end if;
   execute level_sync._cron_jobs_query() into jobs;
-  return query select * from level_sync._judge_cron_jobs(jobs);
+  return query select * from level_sync._check_cron_jobs(jobs);
 exception when insufficient_privilege or undefined_table then
   return query select 'schedule', null::boolean, format('not checked: %s', sqlerrm),
     'Grant usage on schema cron and select on its tables to the owner of level_sync.'::text;
 end
 $$;
-
-comment on function level_sync._check_schedule() is
-  'pg_cron is preloaded and its launcher runs, and what _judge_cron_jobs says of the jobs; NULL where they cannot be read. Good without a look where another scheduler does it.';
+comment on function level_sync._check_schedule() is 'pg_cron is preloaded and its launcher runs, and what _check_cron_jobs says of the jobs; NULL where they cannot be read. Good without a look where another scheduler does it.';
 
 -- Writes a pair both ways and takes it back. Not part of health: reading a view should not write.
 create or replace function level_sync._check_live()
-  returns table (name text, ok boolean, detail text, hint text)
-  language plpgsql
-  security definer
-  set search_path = pg_catalog, pg_temp
-  set lock_timeout = '1s'
+  returns table (name text, ok boolean, detail text, hint text) language plpgsql security definer
+  set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
 as $$
 declare
   pair    record;
@@ -437,9 +367,9 @@ begin
     end if;
 
     update public.specialization_progress as progress set current_level = pair.other_level
-     where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
+     where (select level_sync._enter_trigger_context())
        and progress.student_id = pair.user_id and progress.specialization_id = pair.specialization;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    perform level_sync._leave_trigger_context();
     set constraints level_sync.pending_pairs_committed immediate;
     select license.current_level into reached from public.user_licenses as license
      where license.user_id = pair.user_id and license.specialization_type = pair.specialization;
@@ -448,9 +378,9 @@ begin
     end if;
 
     update public.user_licenses as license set current_level = pair.level
-     where (select set_config('search_path', level_sync._trigger_path(), true)) is not null
+     where (select level_sync._enter_trigger_context())
        and license.user_id = pair.user_id and license.specialization_type = pair.specialization;
-    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    perform level_sync._leave_trigger_context();
     set constraints level_sync.pending_pairs_committed immediate;
     select progress.current_level into reached from public.specialization_progress as progress
      where progress.student_id = pair.user_id and progress.specialization_id = pair.specialization;
@@ -465,31 +395,20 @@ begin
   return next;
 end
 $$;
-
-comment on function level_sync._check_live() is
-  'Writes the level of a pair on each side, sees it arrive on the other, and takes everything back.';
+comment on function level_sync._check_live() is 'Writes the level of a pair on each side, sees it arrive on the other, and takes everything back.';
 
 create or replace function level_sync._row_counts(out progress_rows bigint, out license_rows bigint)
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select (select count(*) from public.specialization_progress), (select count(*) from public.user_licenses)
 $$;
-
 comment on function level_sync._row_counts() is 'How many rows each side has, for roles that may not read the tables.';
 
 create or replace function level_sync._schema_version()
-  returns integer
-  language sql
-  stable
-  security definer
-  set search_path = pg_catalog, pg_temp
+  returns integer language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select max(substring(migration_id, '^[0-9]+')::integer) from level_sync._yoyo_migration
 $$;
-
 comment on function level_sync._schema_version() is 'Number of the newest migration applied, as in the names of its files.';
 
 create or replace view level_sync.quick_health as

@@ -1,4 +1,4 @@
--- depends: 0004_add_missing_columns
+-- depends: 0003_create_level_sync_tables
 -- Four foreign keys with ON DELETE RESTRICT forbid orphans. An older one on the same column is replaced in the
 -- same statement, so there is never a moment without one; its ON UPDATE rule and its deferral stay. Existing rows
 -- are checked by the next migration, which does not block writers.
@@ -47,8 +47,8 @@ begin
     loop
       drops := drops || format('drop constraint %I, ', older.conname);
       kept  := older.rules;
-      insert into level_sync.application_changes (change, undo_sql)
-      values (format('replaced foreign key %I of %s', older.conname, wanted.relation),
+      insert into level_sync.application_changes (kind, on_table, name, undo_sql)
+      values ('foreign_key', wanted.on_table, older.conname,
               format('alter table %s add constraint %I %s', wanted.relation, older.conname, older.definition)
                 || case when older.description is null then ''
                         else format('; comment on constraint %I on %s is %L', older.conname, wanted.relation, older.description)
@@ -83,8 +83,8 @@ begin
     execute format('alter table %s ', wanted.relation) || drops || adds;
 
     -- Undone before the older one comes back: the highest change_id goes first.
-    insert into level_sync.application_changes (change, undo_sql)
-    values (format('added foreign key %I to %s', wanted.name, wanted.relation),
+    insert into level_sync.application_changes (kind, on_table, name, undo_sql)
+    values ('foreign_key', wanted.on_table, wanted.name,
             format('alter table if exists %s drop constraint if exists %I', wanted.relation, wanted.name));
   end loop;
 end

@@ -1,4 +1,4 @@
--- depends: 0005_restrict_orphans
+-- depends: 0004_add_foreign_keys
 -- Checks the rows that were there before; reads without blocking writers. An orphan stops it with the orphan named.
 do $$
 declare

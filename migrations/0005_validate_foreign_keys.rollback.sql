@@ -1,0 +1,2 @@
+-- Nothing to take back: the foreign keys themselves go with the migration that added them.
+select;

@@ -1,2 +1,0 @@
-drop table if exists level_sync.installed_functions cascade;
-drop table if exists level_sync.sync_plan cascade;

@@ -1,1 +1,0 @@
-drop table if exists level_sync.pending_commits cascade;

@@ -1,1 +1,0 @@
-drop index if exists level_sync.sync_log_status;

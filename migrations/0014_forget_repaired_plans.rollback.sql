@@ -1,1 +1,0 @@
-alter table if exists level_sync.sync_plan set (fillfactor = 50);
