@@ -15,30 +15,23 @@ from typing import Annotated, Any
 
 import psycopg
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from level_sync import check as inspection
-from level_sync import demo as demonstration
-from level_sync import install
-from level_sync import schedule as jobs
-from level_sync import verify as verification
-from level_sync import watch as alarm
-from level_sync.database import NOT_INSTALLED, DsnError, connect, is_away, queries, read_dsn
-from level_sync.servers import ServerError
-from level_sync.text import printable
+from level_sync import verify
+from level_sync.database import NOT_INSTALLED, DsnError, connect, is_connection_error, queries, read_dsn
+from level_sync.demo import demo
+from level_sync.demo.servers import ServerError
+from level_sync.monitor import channels, watch
+from level_sync.monitor.network import LOOPBACK
+from level_sync.setup import check, install, schedule
+from level_sync.terminal import cell, console, error_console, print_mapping, print_rows, progress_bar
 
 app = typer.Typer(
     help="Keeps a student's level equal in specialization_progress and user_licenses, inside PostgreSQL.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console()
-error_console = Console(stderr=True)
-
-RUN_FAILED, NEEDS_APPROVAL, SKIPPED, INTERRUPTED = 1, 3, 4, 130
+RUN_FAILED, NEEDS_APPROVAL, SKIPPED, INTERRUPTED = 1, 3, 4, 130  # exit codes of reconcile
 
 Dsn = Annotated[
     str,
@@ -52,16 +45,22 @@ Dsn = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RowLimit = Annotated[int, typer.Option("--limit", min=1, help="Rows to show.")]
+ScanInterval = Annotated[
+    float,
+    typer.Option(
+        "--scan-interval", min=1, max=86400, help="Seconds between two looks at every pair; the rest is read anew."
+    ),
+]
 
 
-class Rights(str, enum.Enum):
+class Rights(enum.StrEnum):
     """What a role may do with level_sync."""
 
     READER = "reader"
     OPERATOR = "operator"
 
 
-class ServerKind(str, enum.Enum):
+class ServerKind(enum.StrEnum):
     """Whose PostgreSQL the demo runs on."""
 
     EMBEDDED = "embedded"
@@ -69,7 +68,7 @@ class ServerKind(str, enum.Enum):
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def _print_errors() -> Iterator[None]:
     """Prints what went wrong and what to do instead of a traceback. Exit code 32: no connection; 1: anything else."""
     try:
         yield
@@ -79,13 +78,13 @@ def _plain_errors() -> Iterator[None]:
         )
         raise typer.Exit(1) from error
     except psycopg.OperationalError as error:
-        if not is_away(error):
+        if not is_connection_error(error):
             error_console.print(f"{_message(error)} (SQLSTATE {error.sqlstate})", markup=False)
             raise typer.Exit(1) from error
         error_console.print(f"No connection: {_message(error)}", markup=False)
         error_console.print("Give --dsn, or set DATABASE_URL or PGHOST, PGUSER and PGDATABASE.")
-        raise typer.Exit(verification.NO_CONNECTION) from error
-    except (psycopg.Error, DsnError, install.MigrateError, demonstration.DemoError, ServerError, OSError) as error:
+        raise typer.Exit(verify.NO_CONNECTION) from error
+    except (psycopg.Error, DsnError, install.MigrateError, demo.DemoError, ServerError, OSError) as error:
         error_console.print(_message(error), markup=False)
         raise typer.Exit(1) from error
 
@@ -94,40 +93,8 @@ def _message(error: Exception) -> str:
     return str(error).strip()
 
 
-def _print_rows(title: str, rows: list[dict[str, Any]], as_json: bool, empty: str) -> None:
-    if as_json:
-        typer.echo(json.dumps(rows, default=str))
-        return
-    if not rows:
-        console.print(empty)
-        return
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    unlimited = console.options.update(max_width=100_000)
-    if console.measure(table, options=unlimited).maximum <= console.width:
-        console.print(table)
-        return
-    # As psql's expanded display: a row that is wider than the terminal is printed column by column.
-    console.print(title)
-    for number, row in enumerate(rows, start=1):
-        record = Table(title=f"row {number}", title_justify="left", show_header=False)
-        record.add_column()
-        record.add_column(overflow="fold")
-        for column, value in row.items():
-            record.add_row(column, _cell(value))
-        console.print(record)
-
-
-def _cell(value: object) -> Text:
-    """Text for a table: what a user wrote is shown, never obeyed, neither as markup nor by the terminal."""
-    return Text("" if value is None else printable(str(value)))
-
-
-@app.command()
-def demo(
+@app.command("demo")
+def demo_command(
     dsn: Annotated[
         str, typer.Option("--dsn", help="An empty database to use instead of a server of the demo's own.")
     ] = "",
@@ -139,48 +106,52 @@ def demo(
     psql: Annotated[bool, typer.Option("--psql", help="Open psql in the demo's database.")] = False,
 ) -> None:
     """Start a private PostgreSQL, fill an academy and tell the story step by step with real output."""
-    stage = demonstration.Stage()
-    with _plain_errors():
+    demo_server = demo.DemoServer()
+    with _print_errors():
         if stop:
-            console.print("The demo's server is gone." if stage.clear() else "No demo is running.")
+            console.print("The demo's server is gone." if demo_server.stop() else "No demo is running.")
             return
         if psql:
-            os.execv(stage.psql, ["psql", stage.dsn])  # noqa: S606
+            os.execv(demo_server.psql, ["psql", demo_server.dsn])  # noqa: S606
         if dsn:
-            demonstration.refuse_unless_empty(dsn)
-            demonstration.run(dsn, console)
+            demo.require_empty_database(dsn)
+            demo.run(dsn, console)
             return
-        stage.build(server.value)
-        demonstration.run(stage.dsn, console)
-        console.rule("[bold]Look around", align="left")
-        console.print("The server stays up. In psql, try the queries below; write either table and see the other.")
-        console.print(f"  {stage.psql} '{stage.dsn}'", soft_wrap=True, highlight=False, markup=False)
-        console.print("  (in the source tree: make psql)")
-        console.print("The other commands of level-sync, such as status and verify, find it with:")
-        console.print(f'  export DATABASE_URL="{stage.dsn}"\n', soft_wrap=True, highlight=False, markup=False)
-        console.print("  select * from level_sync.sync_events order by event_id desc limit 10;")
-        console.print("  select * from level_sync.desync_issues;")
-        console.print("  update user_licenses set current_level = 3 where user_id = 20001 returning *;")
-        console.print("  select * from specialization_progress where student_id = 20001;\n")
-        console.print("Stop and remove it with: make stop, or level-sync demo --stop")
+        demo_server.start(server)
+        demo.run(demo_server.dsn, console)
+        _print_how_to_look_around(demo_server)
 
 
-@app.command()
-def check(dsn: Dsn = "", as_json: AsJson = False) -> None:
+def _print_how_to_look_around(demo_server: demo.DemoServer) -> None:
+    console.rule("[bold]Look around", align="left")
+    console.print("The server stays up. In psql, try the queries below; write either table and see the other.")
+    console.print(f"  {demo_server.psql} '{demo_server.dsn}'", soft_wrap=True, highlight=False, markup=False)
+    console.print("  (in the source tree: make psql)")
+    console.print("The other commands of level-sync, such as status and verify, find it with:")
+    console.print(f'  export DATABASE_URL="{demo_server.dsn}"\n', soft_wrap=True, highlight=False, markup=False)
+    console.print("  select * from level_sync.sync_events order by event_id desc limit 10;")
+    console.print("  select * from level_sync.desync_issues;")
+    console.print("  update user_licenses set current_level = 3 where user_id = 20001 returning *;")
+    console.print("  select * from specialization_progress where student_id = 20001;\n")
+    console.print("Stop and remove it with: make stop, or level-sync demo --stop")
+
+
+@app.command("check")
+def check_command(dsn: Dsn = "", as_json: AsJson = False) -> None:
     """Look at a database before migrate: what would be done, and what stands in the way. Changes nothing.
 
     Exit code: 0 ready, 1 needs decisions, 2 cannot, 32 no connection.
     """
-    with _plain_errors():
-        findings = inspection.check(dsn)
-    code = inspection.exit_code(findings)
+    with _print_errors():
+        findings = check.check(dsn)
+    code = check.exit_code(findings)
     if as_json:
         typer.echo(json.dumps({"exit_code": code, "findings": [finding.as_json() for finding in findings]}))
     else:
-        for finding in sorted(findings, key=lambda finding: inspection.VERDICTS.index(finding.verdict)):
-            console.print(_cell(f"{finding.verdict:8}{finding.subject}: {finding.detail}"))
+        for finding in sorted(findings, key=lambda finding: check.VERDICTS.index(finding.verdict)):
+            console.print(cell(f"{finding.verdict:8}{finding.subject}: {finding.detail}"))
             if finding.fix:
-                console.print(_cell(f"{'':8}-> {finding.fix}"))
+                console.print(cell(f"{'':8}-> {finding.fix}"))
         console.print(
             {0: "Ready: run level-sync migrate.", 1: "Decide what is marked `decide`.", 2: "Not possible yet."}[code]
         )
@@ -207,7 +178,7 @@ def migrate(
         applied.append(what)
         console.print(f"applied {what}")
 
-    with _plain_errors():
+    with _print_errors():
         try:
             install.migrate(
                 dsn, quarantine_orphans=quarantine_orphans, merge_duplicates=merge_duplicates, report=report
@@ -225,11 +196,11 @@ def migrate(
 @app.command()
 def restore(dsn: Dsn = "") -> None:
     """Bring back the rows that migrate moved aside, where nothing forbids it any more."""
-    with _plain_errors():
+    with _print_errors():
         outcome = install.restore(dsn)
-    console.print(f"{outcome['restored']} row(s) restored, {outcome['left_aside']} left aside")
-    if outcome["left_aside"]:
-        error_console.print(_cell(f"The first that could not come back: {outcome['reason']}"))
+    console.print(f"{outcome['restored']} row(s) restored, {outcome['quarantined']} still in quarantine")
+    if outcome["quarantined"]:
+        error_console.print(cell(f"The first that could not come back: {outcome['reason']}"))
         raise typer.Exit(1)
 
 
@@ -241,7 +212,7 @@ def rollback(
     """Remove everything of level_sync, its log included. The application's tables and rows stay."""
     if not yes:
         typer.confirm("Remove the schema level_sync with its log, events and queue?", abort=True)
-    with _plain_errors():
+    with _print_errors():
         for migration in install.rollback(dsn):
             console.print(f"rolled back {migration}")
         console.print("level_sync is gone; specialization_progress and user_licenses stay, with all their rows.")
@@ -260,15 +231,15 @@ def grant(
     dsn: Dsn = "",
 ) -> None:
     """Give a role the rights of a reader or an operator, and no others. An application that writes needs none."""
-    with _plain_errors(), connect(dsn) as connection:
+    with _print_errors(), connect(dsn) as connection:
         queries.grant_to(connection, role=role, kind=rights.value)
-    console.print(f"{role} is {rights.value} of level_sync", highlight=False, markup=False)
+    console.print(f"{role} is {rights} of level_sync", highlight=False, markup=False)
 
 
 @app.command()
 def revoke(role: Annotated[str, typer.Argument(help="A role of the server.")], dsn: Dsn = "") -> None:
     """Take every right in level_sync from a role."""
-    with _plain_errors(), connect(dsn) as connection:
+    with _print_errors(), connect(dsn) as connection:
         queries.revoke_from(connection, role=role)
     console.print(f"{role} has no rights in level_sync", highlight=False, markup=False)
 
@@ -276,16 +247,16 @@ def revoke(role: Annotated[str, typer.Argument(help="A role of the server.")], d
 @app.command()
 def status(dsn: Dsn = "", as_json: AsJson = False) -> None:
     """What stands in the tables, what differs, what waits in the queue, and the settings."""
-    with _plain_errors(), connect(dsn) as connection:
+    with _print_errors(), connect(dsn) as connection:
         now: dict[str, Any] = queries.status(connection)
         desyncs = [row for row in queries.count_desyncs(connection) if row["pairs"]]
         settings: dict[str, Any] = queries.settings(connection)
     if as_json:
         typer.echo(json.dumps({**now, "desyncs": desyncs, "settings": settings}, default=str))
         return
-    _print_rows("status", [{"what": key, "value": value} for key, value in now.items()], False, "")
-    _print_rows("desyncs", desyncs, False, "no desync: every pair has one level")
-    _print_rows("settings", [{"setting": key, "value": value} for key, value in settings.items()], False, "")
+    print_mapping("status", "what", now)
+    print_rows("desyncs", desyncs, empty="no desync: every pair has one level")
+    print_mapping("settings", "setting", settings)
 
 
 @app.command()
@@ -297,25 +268,25 @@ def events(
     as_json: AsJson = False,
 ) -> None:
     """What level_sync wrote, newest first: who changed what, when, through which side."""
-    with _plain_errors(), connect(dsn) as connection:
+    with _print_errors(), connect(dsn) as connection:
         rows = list(queries.events(connection, user_id=user, specialization=specialization, row_limit=limit))
-    _print_rows("events", rows, as_json, "no events")
+    print_rows("events", rows, as_json=as_json, empty="no events")
 
 
 @app.command()
 def queue(dsn: Dsn = "", limit: RowLimit = 20, as_json: AsJson = False) -> None:
     """The pairs whose sync could not be done yet, with their errors."""
-    with _plain_errors(), connect(dsn) as connection:
+    with _print_errors(), connect(dsn) as connection:
         rows = list(queries.queue(connection, row_limit=limit))
-    _print_rows("queue", rows, as_json, "the queue is empty")
+    print_rows("queue", rows, as_json=as_json, empty="the queue is empty")
 
 
 @app.command()
 def log(dsn: Dsn = "", limit: RowLimit = 20, as_json: AsJson = False) -> None:
     """The runs of the reconcile, newest first."""
-    with _plain_errors(), connect(dsn) as connection:
+    with _print_errors(), connect(dsn) as connection:
         rows = list(queries.log(connection, row_limit=limit))
-    _print_rows("log", rows, as_json, "no run yet")
+    print_rows("log", rows, as_json=as_json, empty="no run yet")
 
 
 @app.command()
@@ -334,30 +305,35 @@ def reconcile(
 
     Exit code: 0 done, 1 failed or partial, 3 needs approval, 4 skipped because another run is at work.
     """
-    with _plain_errors(), connect(dsn) as connection:
-        with _progress_of_run(connection), _ctrl_c_cancels(connection):
+    with _print_errors(), connect(dsn) as connection:
+        with progress_bar(connection), _cancel_on_ctrl_c(connection):
             queries.reconcile(connection, dry_run=dry_run, direction=direction, plan=plan, approve=approve)
         run: dict[str, Any] = queries.own_last_run(connection)
     if as_json:
         typer.echo(json.dumps(run, default=str))
     else:
-        _print_rows("run", [{"what": key, "value": value} for key, value in run.items() if key != "results"], False, "")
-        if run["status"] == "needs_approval":
-            console.print(f"Look at level_sync.sync_plan, then: level-sync reconcile --plan {run['run_id']} --approve")
-        elif run["dry_run"] and run["issues_found"]:
-            console.print(f"Look at level_sync.sync_plan, then: level-sync reconcile --plan {run['run_id']}")
-        left = run["results"].get("outcomes", {}) if run["results"] else {}
-        if left.get("queued") or left.get("failed"):
-            console.print(
-                f"{left.get('failed', 0)} pair(s) failed, {left.get('queued', 0)} are left to their queue entries. "
-                "See level-sync queue. The drain tries them again; dead ones wait for level_sync.requeue()."
-            )
+        _print_run(run)
     codes = {"success": 0, "needs_approval": NEEDS_APPROVAL, "skipped": SKIPPED}
     raise typer.Exit(codes.get(run["status"], RUN_FAILED))
 
 
+def _print_run(run: dict[str, Any]) -> None:
+    """A run's row of sync_log, and what is left to do after it."""
+    print_mapping("run", "what", {key: value for key, value in run.items() if key != "results"})
+    if run["status"] == "needs_approval":
+        console.print(f"Look at level_sync.sync_plan, then: level-sync reconcile --plan {run['run_id']} --approve")
+    elif run["dry_run"] and run["issues_found"]:
+        console.print(f"Look at level_sync.sync_plan, then: level-sync reconcile --plan {run['run_id']}")
+    outcomes = run["results"].get("outcomes", {}) if run["results"] else {}
+    if outcomes.get("queued") or outcomes.get("failed"):
+        console.print(
+            f"{outcomes.get('failed', 0)} pair(s) failed, {outcomes.get('queued', 0)} are left to their queue entries. "
+            "See level-sync queue. The drain tries them again; dead ones wait for level_sync.requeue()."
+        )
+
+
 @contextlib.contextmanager
-def _ctrl_c_cancels(connection: psycopg.Connection[Any]) -> Iterator[None]:
+def _cancel_on_ctrl_c(connection: psycopg.Connection[Any]) -> Iterator[None]:
     """Ctrl-C cancels the run on the server and waits for its answer: by then the run is logged as aborted.
 
     Ctrl-C once more does not wait.
@@ -382,67 +358,39 @@ def _ctrl_c_cancels(connection: psycopg.Connection[Any]) -> Iterator[None]:
         signal.signal(signal.SIGINT, outer_handler)
 
 
-@contextlib.contextmanager
-def _progress_of_run(connection: psycopg.Connection[Any]) -> Iterator[None]:
-    """A bar with rate and time left, fed by the notices of the run; on standard error, so that --json stays clean."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=error_console, transient=True) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(diagnostic: psycopg.errors.Diagnostic) -> None:
-            if diagnostic.message_primary != "level_sync progress" or diagnostic.message_detail is None:
-                return
-            at = json.loads(diagnostic.message_detail)
-            if at["phase"] not in tasks:
-                tasks[at["phase"]] = progress.add_task(at["phase"])
-            progress.update(tasks[at["phase"]], completed=at["done"], total=at["total"])
-
-        connection.add_notice_handler(show)
-        queries.tell_progress(connection)
-        try:
-            yield
-        finally:
-            connection.remove_notice_handler(show)
-
-
 @app.command()
 def undo(
     run: Annotated[int, typer.Argument(help="run_id from level-sync log.")], dsn: Dsn = "", as_json: AsJson = False
 ) -> None:
     """Put back what a run changed, where the pair has not changed since."""
-    with _plain_errors(), connect(dsn) as connection:
+    with _print_errors(), connect(dsn) as connection:
         answer: dict[str, Any] = queries.undo(connection, run_id=run)
     typer.echo(json.dumps(answer) if as_json else answer["message"])
 
 
-@app.command()
-def schedule(
+@app.command("schedule")
+def schedule_command(
     dsn: Dsn = "",
     cron_expression: Annotated[
         str | None, typer.Option("--cron", help="Five-field cron expression; without it settings.schedule.")
     ] = None,
 ) -> None:
     """Make or update the pg_cron jobs: the reconcile, and the maintenance every minute."""
-    with _plain_errors():
-        expression, cron_database = jobs.schedule(dsn, cron_expression)
+    with _print_errors():
+        expression, cron_database = schedule.schedule(dsn, cron_expression)
     console.print(f"scheduled at {expression}, by pg_cron in database {cron_database}", highlight=False, markup=False)
 
 
 @app.command()
 def unschedule(dsn: Dsn = "") -> None:
     """Remove the pg_cron jobs."""
-    with _plain_errors():
-        console.print(f"{jobs.unschedule(dsn)} job(s) removed")
+    with _print_errors():
+        console.print(f"{schedule.unschedule(dsn)} job(s) removed")
 
 
 @contextlib.contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Says which extra of the package a command needs, where it is not installed."""
+def _requires_extra(name: str) -> Iterator[None]:
+    """Says which extra of the package to install, where a module that only it brings is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -450,8 +398,8 @@ def _extra(name: str) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _address(listen: str) -> tuple[str, int]:
-    """HOST:PORT, an IPv6 host in brackets."""
+def _parse_address(listen: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT, an IPv6 host in brackets."""
     host, _, port = listen.rpartition(":")
     try:
         is_sound = host.encode("idna") != b"" and port.isdecimal() and 0 < int(port) < 65536
@@ -476,21 +424,16 @@ def exporter(
     listen: Annotated[
         str, typer.Option("--listen", help="HOST:PORT to answer Prometheus on; nothing is encrypted.")
     ] = "127.0.0.1:9930",
-    scan_interval: Annotated[
-        float,
-        typer.Option(
-            "--scan-interval", min=1, max=86400, help="Seconds between two looks at every pair; the rest is read anew."
-        ),
-    ] = 300,
+    scan_interval: ScanInterval = 300,
 ) -> None:
     """Serve metrics to Prometheus until stopped. The role needs level-sync grant ROLE --as reader."""
-    host, port = _address(listen)
-    with _plain_errors(), _extra("metrics"):
-        from level_sync import metrics as figures
+    host, port = _parse_address(listen)
+    with _print_errors(), _requires_extra("metrics"):
+        from level_sync.monitor import metrics
 
         read_dsn(dsn)
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-        figures.serve(
+        metrics.serve(
             dsn,
             host,
             port,
@@ -500,8 +443,8 @@ def exporter(
         )
 
 
-@app.command()
-def metrics(
+@app.command("metrics")
+def metrics_command(
     dsn: Dsn = "",
     textfile: Annotated[
         Path | None, typer.Option("--textfile", help="Replace this file, *.prom, for node_exporter to read.")
@@ -510,18 +453,18 @@ def metrics(
     """Print the metrics once. Exit code 32 where no database answered; level_sync_up is 0 then."""
     if textfile is not None and textfile.suffix != ".prom":
         raise typer.BadParameter(f"{textfile} does not end in .prom: node_exporter would not read it")
-    with _plain_errors(), _extra("metrics"):
-        from level_sync import metrics as figures
+    with _print_errors(), _requires_extra("metrics"):
+        from level_sync.monitor import metrics
 
         read_dsn(dsn)
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
-        text, is_up = figures.once(dsn, textfile)
+        text, is_up = metrics.collect_once(dsn, textfile)
         typer.echo(text, nl=False)
-    raise typer.Exit(0 if is_up else verification.NO_CONNECTION)
+    raise typer.Exit(0 if is_up else verify.NO_CONNECTION)
 
 
-@app.command()
-def dashboard(
+@app.command("dashboard")
+def dashboard_command(
     dsn: Dsn = "",
     listen: Annotated[str, typer.Option("--listen", help="HOST:PORT; nothing is encrypted.")] = "127.0.0.1:9931",
     token_file: Annotated[
@@ -531,31 +474,23 @@ def dashboard(
             help="File with the token that browsers then ask for as a password; a must beyond this machine.",
         ),
     ] = None,
-    scan_interval: Annotated[
-        float,
-        typer.Option(
-            "--scan-interval", min=1, max=86400, help="Seconds between two looks at every pair; the rest is read anew."
-        ),
-    ] = 300,
+    scan_interval: ScanInterval = 300,
 ) -> None:
     """Show in a browser whether all is in step and what to do. The role needs level-sync grant ROLE --as reader."""
-    host, port = _address(listen)
-    with _plain_errors(), _extra("dashboard"):
-        from level_sync import dashboard as pages
+    host, port = _parse_address(listen)
+    with _print_errors(), _requires_extra("dashboard"):
+        from level_sync.monitor.dashboard import web
 
         read_dsn(dsn)
-        try:
-            token = token_file.read_text(encoding="utf-8").strip() if token_file else None
-        except UnicodeDecodeError as error:
-            raise typer.BadParameter(f"{token_file} is not UTF-8 text") from error
-        if host not in pages.LOOPBACK and not token_file:
+        token = _read_token(token_file) if token_file else None
+        if token is None and host not in LOOPBACK:
             raise typer.BadParameter(
                 f"{host} is not this machine alone: give --token-file, so that not everybody sees it"
             )
-        if token is not None and len(token) < pages.SHORTEST_TOKEN:
-            raise typer.BadParameter(f"the token in {token_file} is shorter than {pages.SHORTEST_TOKEN} characters")
+        if token is not None and len(token) < web.MIN_TOKEN_LENGTH:
+            raise typer.BadParameter(f"the token in {token_file} is shorter than {web.MIN_TOKEN_LENGTH} characters")
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-        pages.serve(
+        web.serve(
             dsn,
             host,
             port,
@@ -565,8 +500,15 @@ def dashboard(
         )
 
 
-@app.command()
-def watch(
+def _read_token(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file} is not UTF-8 text") from error
+
+
+@app.command("watch")
+def watch_command(
     dsn: Dsn = "",
     email: Annotated[
         list[str] | None, typer.Option("--email", help="Address to send mail to; may be repeated.")
@@ -607,25 +549,24 @@ def watch(
     Checks each interval and whenever a reconcile ends. The role needs level-sync grant ROLE --as reader.
     """
     try:
-        channels = [
-            *(alarm.by_email(address, sender, smtp) for address in email or []),
-            *(alarm.by_webhook(url) for url in webhook or []),
-            *(alarm.by_command(text) for text in command or []),
+        recipients = [
+            *(channels.email_channel(address, sender, smtp) for address in email or []),
+            *(channels.webhook_channel(url) for url in webhook or []),
+            *(channels.command_channel(text) for text in command or []),
         ]
         if not say:
             read_dsn(dsn)
-    except (alarm.ChannelError, DsnError) as error:
+    except (channels.ChannelError, DsnError) as error:
         raise typer.BadParameter(str(error)) from error
-    if not channels:
+    if not recipients:
         raise typer.BadParameter("say whom to tell: --email, --webhook or --exec")
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    with _plain_errors():
+    with _print_errors():
+        watcher = watch.Watch(dsn, recipients, interval=interval, patience=patience, state=None if say else state)
         if say:
-            watching = alarm.Watch(dsn, channels, interval=interval, patience=patience)
-            raise typer.Exit(0 if watching.say(say) else 1)
-        watching = alarm.Watch(dsn, channels, interval=interval, patience=patience, state=state)
+            raise typer.Exit(0 if watcher.say(say) else 1)
         stop = _stop_on_signals()
-        worker = threading.Thread(target=watching.run, args=[stop], daemon=True)
+        worker = threading.Thread(target=watcher.run, args=[stop], daemon=True)
         worker.start()
         while worker.is_alive() and not stop.wait(1):
             pass
@@ -633,18 +574,8 @@ def watch(
     raise typer.Exit(0 if stop.is_set() else 1)
 
 
-def _why_no_check(error: psycopg.Error) -> verification.Check:
-    """Stands for all checks, where none could be made."""
-    if is_away(error):
-        return verification.Check("connection", False, _message(error), "Give --dsn, or set DATABASE_URL.")
-    hint = "Remove the cause, and verify again."
-    if isinstance(error, psycopg.errors.InsufficientPrivilege):
-        hint = "It takes level-sync grant ROLE --as reader."
-    return verification.Check("health", None, f"not checked: {_message(error)}", hint)
-
-
-@app.command()
-def verify(
+@app.command("verify")
+def verify_command(
     dsn: Dsn = "",
     live: Annotated[
         bool, typer.Option("--live", help="Also write a pair both ways in a transaction and take it back.")
@@ -656,23 +587,32 @@ def verify(
     Exit code, added up: 1 desync, 2 schema or trigger drift, 4 schedule, 8 dead or stuck queue, 16 foreign keys or
     orphans, 32 no connection. What could not be checked counts as not good.
     """
-    with _plain_errors():
+    with _print_errors():
         try:
-            checks = verification.verify(dsn, live=live)
+            checks = verify.verify(dsn, live=live)
         except psycopg.Error as error:
-            if not as_json and is_away(error):
+            if not as_json and is_connection_error(error):
                 raise
-            checks = [_why_no_check(error)]
-    code = verification.exit_code(checks)
+            checks = [_check_from_error(error)]
+    code = verify.exit_code(checks)
     if as_json:
-        typer.echo(json.dumps({"ok": code == 0, "exit_code": code, "checks": [check.as_json() for check in checks]}))
+        typer.echo(json.dumps({"ok": code == 0, "exit_code": code, "checks": [each.as_json() for each in checks]}))
     else:
         words = {True: "[green]ok[/green]", False: "[red]NOT OK[/red]", None: "[yellow]not checked[/yellow]"}
         table = Table(title="verify", title_justify="left")
         for column in ("check", "result", "found", "what to do"):
             table.add_column(column, overflow="fold")
-        for check in checks:
-            hint = "" if check.ok else check.hint
-            table.add_row(check.name, words[check.ok], _cell(check.detail), _cell(hint))
+        for each in checks:
+            table.add_row(each.name, words[each.ok], cell(each.detail), cell("" if each.ok else each.hint))
         console.print(table)
     raise typer.Exit(code)
+
+
+def _check_from_error(error: psycopg.Error) -> verify.Check:
+    """Stands for all checks, where none could be made."""
+    if is_connection_error(error):
+        return verify.Check("connection", False, _message(error), "Give --dsn, or set DATABASE_URL.")
+    hint = "Remove the cause, and verify again."
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        hint = "It takes level-sync grant ROLE --as reader."
+    return verify.Check("health", None, f"not checked: {_message(error)}", hint)

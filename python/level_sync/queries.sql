@@ -10,7 +10,7 @@ select pg_advisory_unlock(hashtext('level_sync migrate'))
 -- name: has_schema()$
 select to_regnamespace('level_sync') is not null
 
--- name: refusal_of_our_schema()$
+-- name: why_schema_is_not_ours()$
 select case when not has_schema_privilege(namespace.oid, 'create') then
          'schema level_sync belongs to ' || pg_get_userbyid(namespace.nspowner) || ', and ' || current_user
            || ' may not change it: run this as ' || pg_get_userbyid(namespace.nspowner)
@@ -25,24 +25,24 @@ create schema level_sync
 -- After a rollback only yoyo's bookkeeping is left in it.
 drop schema level_sync cascade
 
--- name: use_only_our_schema()!
+-- name: use_level_sync_schema()!
 set search_path to level_sync
 
--- name: resolve_nothing_but_pg_catalog()!
+-- name: pin_search_path()!
 set local search_path to pg_catalog
 
--- name: limit_lock_wait(lock_timeout)$
+-- name: set_lock_timeout(lock_timeout)$
 -- How long a step may make writers queue behind it.
 select set_config('lock_timeout', :lock_timeout, false)
 
 -- name: drop_progress_pair_index()!
 drop index concurrently if exists public.specialization_progress_pair
 
--- name: build_progress_pair_index()!
+-- name: build_progress_pair_index_concurrently()!
 create unique index concurrently specialization_progress_pair
     on public.specialization_progress (student_id, specialization_id) include (current_level)
 
--- name: build_progress_pair_index_at_once()!
+-- name: build_progress_pair_index()!
 -- A partitioned table takes no index concurrently.
 create unique index specialization_progress_pair
     on public.specialization_progress (student_id, specialization_id) include (current_level)
@@ -50,22 +50,23 @@ create unique index specialization_progress_pair
 -- name: drop_license_pair_index()!
 drop index concurrently if exists public.user_licenses_pair
 
--- name: build_license_pair_index()!
+-- name: build_license_pair_index_concurrently()!
 create unique index concurrently user_licenses_pair
     on public.user_licenses (user_id, specialization_type) include (current_level)
 
--- name: build_license_pair_index_at_once()!
+-- name: build_license_pair_index()!
 create unique index user_licenses_pair
     on public.user_licenses (user_id, specialization_type) include (current_level)
 
--- name: refuse_stray_rows(on_table, why)!
-select level_sync._refuse_stray_rows(:on_table, :why)
+-- name: raise_orphans_and_duplicates(on_table, kind)!
+-- Raises where the table holds rows of that kind, orphan or duplicate.
+select level_sync._raise_orphans_and_duplicates(:on_table, :kind)
 
--- name: set_rows_aside(on_table, why)$
-select level_sync._set_rows_aside(:on_table, :why)
+-- name: quarantine_rows(on_table, kind)$
+select level_sync._quarantine_rows(:on_table, :kind)
 
 -- name: restore_rows()^
-select restored, left_aside, reason from level_sync._restore_rows()
+select restored, quarantined, reason from level_sync._restore_rows()
 
 -- name: has_remove_triggers()$
 select to_regprocedure('level_sync._remove_triggers()') is not null
@@ -126,8 +127,8 @@ select queue_id, queued_at, user_id, specialization, side, change, sqlstate, mes
  order by queue_id
  limit :row_limit
 
--- name: tell_progress()$
-select set_config('level_sync.tell_progress', 'on', false)
+-- name: report_progress()$
+select set_config('level_sync.report_progress', 'on', false)
 
 -- name: reconcile(dry_run, direction, plan, approve)!
 call level_sync.reconcile(dry_run => :dry_run, direction => :direction, plan => :plan, approve => :approve)
@@ -147,7 +148,7 @@ select run_id, status, dry_run, direction, started_by, job_start, duration_secon
  order by run_id desc
  limit :row_limit
 
--- name: newest_end()$
+-- name: last_run_ended_at()$
 -- When a run that may have changed a pair has last ended.
 select job_end
   from level_sync.sync_log
@@ -230,17 +231,17 @@ select name, ok, detail, hint from level_sync.health
 -- name: quick_health()
 select name, ok, detail, hint from level_sync.quick_health
 
--- name: limit_waits(statement_timeout, lock_timeout)^
+-- name: set_timeouts(statement_timeout, lock_timeout)^
 select set_config('statement_timeout', :statement_timeout, false), set_config('lock_timeout', :lock_timeout, false)
 
 -- name: listen()!
--- Each run of the reconcile that ends is told here.
+-- Each run of the reconcile notifies this channel when it ends.
 listen level_sync
 
 -- name: schema_version()$
 select level_sync._schema_version()
 
--- name: queue_figures()^
+-- name: queue_summary()^
 select count(*) filter (where dead_at is null and next_attempt_at > clock_timestamp()) as waiting,
        count(*) filter (where dead_at is null and next_attempt_at <= clock_timestamp()) as due,
        count(*) filter (where dead_at is not null) as dead,
@@ -253,7 +254,7 @@ select known.status, (select count(*) from level_sync.sync_log where sync_log.st
   from unnest(array['running', 'success', 'partial', 'failed', 'skipped', 'aborted', 'needs_approval']) as known (status)
 
 -- name: last_runs()^
--- Not judged: a run at work, and one that found another at work.
+-- Leaves out a run that is still at work, and one that was skipped because another was.
 select (select extract(epoch from job_start)
           from level_sync.sync_log
          where status in ('success', 'partial') and not dry_run
@@ -305,7 +306,7 @@ select level_sync.unschedule()
 -- name: check_cron_expression(cron_expression)$
 select level_sync._last_slot(:cron_expression, clock_timestamp())
 
--- name: keep_schedule(cron_expression)!
+-- name: save_schedule(cron_expression)!
 update level_sync.settings set schedule = :cron_expression, uses_pg_cron = true
 
 -- name: cron_jobs_query()$
@@ -318,8 +319,8 @@ select jobname, schedule, command from level_sync._wanted_cron_jobs(:cron_expres
 -- pg_cron's own policy shows each role its own jobs.
 select row_security_active('cron.job')
 
--- name: judge_cron_jobs(jobs)
-select name, ok, detail, hint from level_sync._judge_cron_jobs(:jobs)
+-- name: check_cron_jobs(jobs)
+select name, ok, detail, hint from level_sync._check_cron_jobs(:jobs)
 
 -- name: schedule_elsewhere(jobname, schedule, command, database)$
 -- In the database of pg_cron, for a job in another one. A name that serves one database already gets this one's added.

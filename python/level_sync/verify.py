@@ -1,4 +1,4 @@
-"""The verification script: every check of level_sync.health, and those only a client can make.
+"""The verification script: every check of level_sync.health, and those that only a client can make.
 
 The exit code is a bit mask, so that a monitor sees at once what is wrong.
 """
@@ -13,12 +13,11 @@ import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from level_sync import install
-from level_sync.database import NOT_INSTALLED, connect, queries
+from level_sync.database import NOT_INSTALLED, connect, queries, shipped
 
 DESYNC, DRIFT, SCHEDULE, QUEUE, FOREIGN_KEYS, NO_CONNECTION = 1, 2, 4, 8, 16, 32
 
-# The first word of a check's name tells its bit; a check that is not known here counts as drift.
+# The bit of each check, by its name up to a colon; a check that is not listed counts as drift.
 BITS = {
     "desync": DESYNC,
     "hidden_rows": DESYNC,
@@ -47,7 +46,7 @@ SHIPPED_FUNCTION = re.compile(
 
 @dataclass(frozen=True)
 class Check:
-    """One check: ok is None where it could not be made, which is never good."""
+    """One check and its result. Where ok is None the check could not be made, which never counts as good."""
 
     name: str
     ok: bool | None
@@ -75,29 +74,32 @@ def exit_code(checks: list[Check]) -> int:
 def verify(dsn: str, *, live: bool = False) -> list[Check]:
     """Makes every check. Raises psycopg.OperationalError where there is no connection."""
     with connect(dsn) as connection:
-        return checks_of(connection, dsn, live=live)
+        return run_checks(connection, dsn, live=live)
 
 
-def checks_of(connection: psycopg.Connection[Any], dsn: str, *, live: bool = False) -> list[Check]:
-    """Makes every check over an open connection; the dsn is for the database of pg_cron, where that is another one."""
+def run_checks(connection: psycopg.Connection[Any], dsn: str, *, live: bool = False) -> list[Check]:
+    """Makes every check over an open connection.
+
+    The dsn is needed where pg_cron lives in another database of the server, for a second connection to that one.
+    """
     try:
         checks = [Check(**row) for row in queries.health(connection)]
     except NOT_INSTALLED as error:
         detail = f"level_sync is not there, or only half: {str(error).strip()}"
         return [Check("installation", False, detail, "Run level-sync migrate.")]
-    checks.append(_compare_with_shipped(connection))
+    checks.append(_check_shipped_functions(connection))
     if live:
-        checks += _write_live(connection)
+        checks += _check_live(connection)
     access = queries.cron_access(connection)
     unread = [check for check in checks if check.name == "schedule" and check.ok is None]
     if unread and access["is_elsewhere"]:
         checks = [check for check in checks if check not in unread]
-        checks += _look_into_cron_database(dsn, connection, access["cron_database"])
+        checks += _check_cron_database(dsn, connection, access["cron_database"])
     return checks
 
 
-def _write_live(connection: psycopg.Connection[Any]) -> list[Check]:
-    """A pair written both ways in a transaction and taken back."""
+def _check_live(connection: psycopg.Connection[Any]) -> list[Check]:
+    """Writes a pair both ways in a transaction that is rolled back."""
     try:
         return [Check(**row) for row in queries.check_live(connection)]
     except psycopg.errors.InsufficientPrivilege as error:
@@ -106,22 +108,22 @@ def _write_live(connection: psycopg.Connection[Any]) -> list[Check]:
         ]
 
 
-def _compare_with_shipped(connection: psycopg.Connection[Any]) -> Check:
-    """Functions of this database against those that ship with this package."""
-    shipped: set[tuple[str, str]] = set()
-    for file in install.shipped("sql").glob("*.sql"):
+def _check_shipped_functions(connection: psycopg.Connection[Any]) -> Check:
+    """Compares the functions of this database with those that ship with this package."""
+    expected: set[tuple[str, str]] = set()
+    for file in shipped("sql").glob("*.sql"):
         for function in SHIPPED_FUNCTION.finditer(file.read_text(encoding="utf-8")):
-            shipped.add((function["name"], function["body"]))
+            expected.add((function["name"], function["body"]))
     loaded = {(row["name"], row["body"]) for row in queries.loaded_functions(connection)}
-    differing = sorted({name for name, _ in shipped ^ loaded})
-    detail = f"{len(shipped)} functions equal to those of this package"
+    differing = sorted({name for name, _ in expected ^ loaded})
+    detail = f"{len(expected)} functions equal to those of this package"
     if differing:
         detail = "differ from this package: " + ", ".join(differing)
     return Check("shipped_functions", not differing, detail, "Run level-sync migrate with the version you mean to run.")
 
 
-def _look_into_cron_database(dsn: str, connection: psycopg.Connection[Any], cron_database: str) -> list[Check]:
-    """The jobs, where pg_cron lives in another database of the server."""
+def _check_cron_database(dsn: str, connection: psycopg.Connection[Any], cron_database: str) -> list[Check]:
+    """Checks the jobs where pg_cron lives in another database of the server."""
     try:
         with (
             connect(dsn, database=cron_database, connect_timeout="5") as cron_connection,
@@ -134,18 +136,22 @@ def _look_into_cron_database(dsn: str, connection: psycopg.Connection[Any], cron
         hint = f"In {cron_database}, as a superuser: create extension pg_cron; then run level-sync schedule."
         return [Check("schedule", False, detail, hint)]
     except psycopg.errors.InsufficientPrivilege as error:
-        return [Check("schedule", None, f"not checked: {str(error).strip()}", _to_see_jobs(connection, cron_database))]
+        return [_schedule_not_checked(str(error).strip(), _grants_to_see_jobs(connection, cron_database))]
     except psycopg.Error as error:
         hint = f"Let this role connect to {cron_database}, and verify again."
-        return [Check("schedule", None, f"not checked: {str(error).strip()}", hint)]
+        return [_schedule_not_checked(str(error).strip(), hint)]
     jobs = next(iter(row.values())) if row else []
     if are_others_hidden and not any(job["database"] == connection.info.dbname for job in jobs):
-        detail = f"not checked: pg_cron in {cron_database} shows {connection.info.user} no job of this database, if any"
-        return [Check("schedule", None, detail, _to_see_jobs(connection, cron_database))]
-    return [Check(**found) for found in queries.judge_cron_jobs(connection, jobs=Jsonb(jobs))]
+        reason = f"pg_cron in {cron_database} shows {connection.info.user} no job of this database, if any"
+        return [_schedule_not_checked(reason, _grants_to_see_jobs(connection, cron_database))]
+    return [Check(**found) for found in queries.check_cron_jobs(connection, jobs=Jsonb(jobs))]
 
 
-def _to_see_jobs(connection: psycopg.Connection[Any], cron_database: str) -> str:
+def _schedule_not_checked(reason: str, hint: str) -> Check:
+    return Check("schedule", None, f"not checked: {reason}", hint)
+
+
+def _grants_to_see_jobs(connection: psycopg.Connection[Any], cron_database: str) -> str:
     """What a superuser runs so that this role sees the jobs of level_sync, and no others."""
     role = sql.Identifier(connection.info.user).as_string(connection)
     statements = (

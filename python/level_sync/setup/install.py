@@ -1,7 +1,7 @@
 """Installs level_sync into a database and takes it away again.
 
 State (tables, constraints) is versioned in migrations/ and applied by yoyo; code (functions, triggers, views) stands in
-sql/ and is loaded whole each time. Both stand beside this package in a wheel, and at the top of the source tree.
+sql/ and is loaded whole each time.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 import yoyo
@@ -20,33 +19,27 @@ from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import DatabaseURI
 from yoyo.exceptions import LockTimeout
 
-from level_sync.check import inspection
-from level_sync.database import connect, queries, read_dsn
-from level_sync.schedule import unschedule
+from level_sync.database import connect, queries, read_dsn, shipped
+from level_sync.setup.check import check_queries
+from level_sync.setup.schedule import unschedule
 
 logger = logging.getLogger(__name__)
-LOCK_TIMEOUT = "100ms"  # how long one try of a step may make writers queue behind it
+LOCK_TIMEOUT = "100ms"  # a step that waits for its lock this long is tried again; writers queue behind it meanwhile
 LOCK_TRIES = 200
 
-ORPHANS_GO_BEFORE = "0005_restrict_orphans"
-DUPLICATES_GO_BEFORE = "0009_make_pairs_unique"
+# The migrations that fail on orphans or duplicates; before each of them these rows are quarantined or refused.
+FAILS_ON = {"0004_add_foreign_keys": "orphan", "0007_make_pairs_unique": "duplicate"}
+QUARANTINE_CODE = ("14_transaction_state.sql", "85_quarantine.sql")  # what that takes of sql/
 
 
 class MigrateError(Exception):
     """Migrate or rollback could not finish; the message says why and what to do."""
 
 
-def shipped(name: str) -> Path:
-    """Folder of shipped SQL, `sql` or `migrations`: inside an installed wheel or at the top of the source tree."""
-    here = Path(__file__).resolve().parent
-    inside_wheel = here / name
-    return inside_wheel if inside_wheel.is_dir() else here.parents[1] / name
-
-
 def load_code(connection: psycopg.Connection[Any]) -> None:
     """Loads every file of sql/ in order: in the transaction the caller has open, or in one of its own."""
     with connection.transaction():
-        queries.resolve_nothing_but_pg_catalog(connection)
+        queries.pin_search_path(connection)
         for file in sorted(shipped("sql").glob("*.sql")):
             connection.execute(file.read_bytes())
 
@@ -67,12 +60,12 @@ class LevelSyncBackend(PostgresqlPsycopgBackend):  # type: ignore[misc]
     def connect(self, dburi: DatabaseURI) -> psycopg.Connection[Any]:
         # An empty name would be taken for the user's name; without one libpq reads PGDATABASE.
         connection: psycopg.Connection[Any] = super().connect(dburi._replace(database=dburi.database or None))
-        queries.limit_lock_wait(connection, lock_timeout=LOCK_TIMEOUT)
+        queries.set_lock_timeout(connection, lock_timeout=LOCK_TIMEOUT)
         connection.add_notice_handler(_log_warning)
         return connection
 
     def init_connection(self, connection: psycopg.Connection[Any]) -> None:
-        queries.use_only_our_schema(connection)
+        queries.use_level_sync_schema(connection)
 
     def init_database(self) -> None:
         with self.lock():
@@ -104,16 +97,16 @@ def _locked_backend(dsn: str) -> Iterator[LevelSyncBackend]:
     try:
         with LevelSyncBackend(uri, yoyo.default_migration_table) as backend:
             backend.init_database()
-            if refusal := queries.refusal_of_our_schema(backend.connection):
-                raise MigrateError(refusal)
+            if reason := queries.why_schema_is_not_ours(backend.connection):
+                raise MigrateError(reason)
             with backend.lock():
                 yield backend
     except LockTimeout as error:
         raise MigrateError(f"{error}; wait for it, then run this again") from error
 
 
-def _patiently(step: Callable[[], None]) -> None:
-    """Tries a step again while live traffic holds the locks it needs; each try blocks writers LOCK_TIMEOUT at most."""
+def _retry_on_locks(step: Callable[[], None]) -> None:
+    """Runs a step, and again while live traffic holds its locks; each try makes writers wait LOCK_TIMEOUT at most."""
     for tried in range(1, LOCK_TRIES + 1):
         try:
             step()
@@ -123,59 +116,68 @@ def _patiently(step: Callable[[], None]) -> None:
                     f"live transactions held the tables through {LOCK_TRIES} tries of {LOCK_TIMEOUT}; "
                     "nothing is half done. Run this again in a quieter moment."
                 ) from error
-            time.sleep(random.uniform(0.02, 0.4))  # noqa: S311 - out of step with writers that come at intervals
+            time.sleep(random.uniform(0.02, 0.4))  # noqa: S311 - a fixed pause could meet a regular writer each time
         else:
             return
 
 
-def make_pairs_unique(connection: psycopg.Connection[Any]) -> None:
-    """Builds the unique index on the pair of each table that has none. Raises psycopg.Error where a pair is double."""
-    queries.limit_lock_wait(connection, lock_timeout="0")  # it waits for old transactions, and blocks no writer
-    for on_table, is_partitioned, is_unique in inspection.unique_pairs(connection):
-        if is_unique:
-            continue
-        drop, build, build_at_once = PAIR_INDEXES[on_table]
-        drop(connection)
-        (build_at_once if is_partitioned else build)(connection)
+class PairIndex(NamedTuple):
+    """The queries for one table's unique index on the pair."""
 
-
-def drop_pair_indexes(connection: psycopg.Connection[Any]) -> None:
-    """Drops the indexes that make_pairs_unique built."""
-    for drop, _, _ in PAIR_INDEXES.values():
-        drop(connection)
+    drop: Any
+    build: Any
+    build_concurrently: Any
 
 
 PAIR_INDEXES = {
-    "specialization_progress": (
+    "specialization_progress": PairIndex(
         queries.drop_progress_pair_index,
         queries.build_progress_pair_index,
-        queries.build_progress_pair_index_at_once,
+        queries.build_progress_pair_index_concurrently,
     ),
-    "user_licenses": (
+    "user_licenses": PairIndex(
         queries.drop_license_pair_index,
         queries.build_license_pair_index,
-        queries.build_license_pair_index_at_once,
+        queries.build_license_pair_index_concurrently,
     ),
 }
 
 
-def _clear_the_way(connection: psycopg.Connection[Any], why: str, *, set_aside: bool) -> int:
-    """Moves orphans or duplicates of both tables aside, or refuses them. Returns how many rows were moved."""
+def make_pairs_unique(connection: psycopg.Connection[Any]) -> None:
+    """Builds the unique index on the pair of each table that has none. Raises psycopg.Error where a pair is double."""
+    queries.set_lock_timeout(connection, lock_timeout="0")  # it waits for old transactions, and blocks no writer
+    for on_table, is_partitioned, is_unique in check_queries.unique_pairs(connection):
+        if is_unique:
+            continue
+        index = PAIR_INDEXES[on_table]
+        index.drop(connection)  # an earlier build that was killed leaves an invalid index
+        (index.build if is_partitioned else index.build_concurrently)(connection)
+
+
+def drop_pair_indexes(connection: psycopg.Connection[Any]) -> None:
+    """Drops the indexes that make_pairs_unique built."""
+    for index in PAIR_INDEXES.values():
+        index.drop(connection)
+
+
+def _quarantine_or_refuse(connection: psycopg.Connection[Any], kind: str, *, may_quarantine: bool) -> int:
+    """Moves orphans or duplicates of both tables into quarantine, or raises. Returns how many rows were moved."""
     with connection.transaction():
-        queries.resolve_nothing_but_pg_catalog(connection)
-        connection.execute((shipped("sql") / "12_quarantine.sql").read_bytes())
+        queries.pin_search_path(connection)
+        for name in QUARANTINE_CODE:
+            connection.execute((shipped("sql") / name).read_bytes())
     moved = 0
     with connection.transaction():
         for table in PAIR_INDEXES:
-            if set_aside:
-                moved += queries.set_rows_aside(connection, on_table=table, why=why)
+            if may_quarantine:
+                moved += queries.quarantine_rows(connection, on_table=table, kind=kind)
             else:
-                queries.refuse_stray_rows(connection, on_table=table, why=why)
+                queries.raise_orphans_and_duplicates(connection, on_table=table, kind=kind)
     return moved
 
 
 def restore(dsn: str) -> dict[str, Any]:
-    """Puts quarantined rows back; returns restored, left_aside and the first reason why one could not come back."""
+    """Puts quarantined rows back; returns how many were restored and quarantined, and why the first of these was."""
     with connect(dsn) as connection:
         outcome: dict[str, Any] = queries.restore_rows(connection)
     return outcome
@@ -188,32 +190,31 @@ def migrate(
     merge_duplicates: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
-    """Brings the database up to date and returns the ids of the migrations that were applied.
+    """Brings the database up to date and returns the steps that were applied: ids of migrations, rows that were moved.
 
-    Each of them is also given to report as soon as it stands, since it stays where a later one fails.
+    Each step is also passed to report as soon as it is committed: it stays, even where a later one fails.
 
     Idempotent, and safe to run again after it was killed. Raises MigrateError where another migrate is at work or the
-    tables stay locked, and psycopg.Error where a statement fails, or where orphans or duplicates stand in the tables
-    and no leave is given to move them aside.
+    tables stay locked, and psycopg.Error where a statement fails, or where orphans or duplicates may not be
+    quarantined.
     """
     applied: list[str] = []
 
-    def tell(what: str) -> None:
-        applied.append(what)
-        report(what)
+    def record(step: str) -> None:
+        applied.append(step)
+        report(step)
 
-    stray = {ORPHANS_GO_BEFORE: ("orphan", quarantine_orphans), DUPLICATES_GO_BEFORE: ("duplicate", merge_duplicates)}
+    may_quarantine = {"orphan": quarantine_orphans, "duplicate": merge_duplicates}
     with _locked_backend(dsn) as backend:
         migrations = yoyo.read_migrations(str(shipped("migrations")))
         for migration in backend.to_apply(migrations):
-            if migration.id in stray:
-                why, set_aside = stray[migration.id]
-                moved = _clear_the_way(backend.connection, why, set_aside=set_aside)
+            if kind := FAILS_ON.get(migration.id):
+                moved = _quarantine_or_refuse(backend.connection, kind, may_quarantine=may_quarantine[kind])
                 if moved:
-                    tell(f"{moved} {why}(s) moved to level_sync.quarantined_rows")
-            _patiently(lambda migration=migration: backend.apply_one(migration))  # type: ignore[misc]
-            tell(migration.id)
-        _patiently(lambda: backend.run_post_apply(migrations))
+                    record(f"{moved} {kind}(s) moved to level_sync.quarantined_rows")
+            _retry_on_locks(lambda migration=migration: backend.apply_one(migration))  # type: ignore[misc]
+            record(migration.id)
+        _retry_on_locks(lambda: backend.run_post_apply(migrations))
     return applied
 
 
@@ -233,11 +234,11 @@ def rollback(dsn: str) -> list[str]:
             str(error).strip(),
         )
     with _locked_backend(dsn) as backend:
-        # First, so that no write meets a trigger whose functions or tables are already gone.
+        # The triggers go first, so that no write meets one whose function or tables are already gone.
         if queries.has_remove_triggers(backend.connection):
-            _patiently(lambda: queries.remove_triggers(backend.connection))
+            _retry_on_locks(lambda: queries.remove_triggers(backend.connection))
         for migration in backend.to_rollback(yoyo.read_migrations(str(shipped("migrations")))):
-            _patiently(lambda migration=migration: backend.rollback_one(migration))  # type: ignore[misc]
+            _retry_on_locks(lambda migration=migration: backend.rollback_one(migration))  # type: ignore[misc]
             undone.append(migration.id)
         queries.drop_schema(backend.connection)
     return undone

@@ -1,7 +1,7 @@
-"""What a monitoring system asks of level_sync, in the words of Prometheus.
+"""Metrics of level_sync for Prometheus. Needs the extra `metrics`.
 
-Most figures are read anew for each scrape. Those that take a look at every pair (desyncs, orphans, the whole of
-`level-sync verify`) are read every `scan_interval` and say when that was. Needs the extra `metrics`.
+Most figures are read anew for each scrape. Those that take a look at every pair (desyncs, orphans, all checks of
+`level-sync verify`) are read every `scan_interval` seconds, and a figure says when that was.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from level_sync.database import queries
-from level_sync.scan import Reader, Scanning
+from level_sync.monitor.scan import Reader, ScanScheduler
 
-# What each figure says, by its name without level_sync_.
+# The help text of each metric, by its name without level_sync_.
 METRICS = {
     "build_info": "Version of this exporter's package.",
     "up": "1 where level_sync could be read; 0 with the reason in the log.",
@@ -45,101 +45,104 @@ METRICS = {
     "scan_duration_seconds": "How long the last scan of all pairs took.",
 }
 ACTIONS = ("update_license", "create_license", "update_progress", "create_progress")
-# In seconds: how long a scrape waits for the connection, where it has figures to tell again and where it has none
-# (Prometheus gives up after 10); how old those may be.
-BRIEFLY, PATIENCE, FRESH_FOR = 0.2, 4, 30
+# Seconds that a scrape waits for the reader's lock, where the last figures are fresh enough to be sent again, and where
+# they are not. Prometheus gives up after 10.
+LOCK_WAIT_IF_FRESH, LOCK_WAIT = 0.2, 4
+FRESH_FOR = 30  # seconds that figures may be sent again while a scan holds the lock
 
 log = logging.getLogger("level_sync")
 
 
 class LevelSyncCollector(Collector):
-    """What stands in level_sync now, and what the last scan of its reader found.
+    """The state of level_sync now, and what the last scan of its reader found.
 
     A database that does not answer is level_sync_up 0, with the reason in the log; never an exception, and never later
     than Prometheus waits for.
     """
 
-    def __init__(self, reader: Reader, scanning: Scanning | None = None) -> None:
-        """The scanning of that reader; None where this is asked only once."""
+    def __init__(self, reader: Reader, scheduler: ScanScheduler | None = None) -> None:
+        """The scheduler of that reader; None where this is asked only once."""
         self.reader = reader
-        self.scanning = scanning
-        self._why_down: str | None = None
+        self.scheduler = scheduler
+        self._down_reason: str | None = None
         self._latest: list[GaugeMetricFamily] = []
         self._latest_at = float("-inf")
 
     @property
     def is_up(self) -> bool:
         """Whether the database answered the last time it was asked."""
-        return self._why_down is None
+        return self._down_reason is None
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """The names that ?name[] of a scrape may ask for, without a look at the database."""
         return (gauge(name, {}) for name in METRICS)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        # While a scan has the connection, the figures of the last scrape are told again rather than waited for.
+        # While a scan holds the lock, the figures of the last scrape are sent again rather than waited for.
         is_fresh = self.is_up and time.monotonic() - self._latest_at < self._fresh_for()
-        if self.reader.is_connected.acquire(timeout=BRIEFLY if is_fresh else PATIENCE):
+        if self.reader.lock.acquire(timeout=LOCK_WAIT_IF_FRESH if is_fresh else LOCK_WAIT):
             try:
                 self._latest = list(self._read())
                 self._latest_at = time.monotonic()
             finally:
-                self.reader.is_connected.release()
+                self.reader.lock.release()
             yield from self._latest
         elif is_fresh:
             yield from self._latest
         else:
-            self._tell_down("the scan of all pairs has had no answer for a long time")
-            yield from self._told_first()
+            self._set_down("the scan of all pairs has had no answer for a long time")
+            yield from self._exporter_metrics()
 
     def refresh(self) -> bool:
-        """Reads what a scrape during a long scan will tell. Returns whether the database is up."""
+        """Reads the figures that are sent while a scan is at work. Returns whether the database is up."""
         list(self.collect())
         return self.is_up
 
     def _fresh_for(self) -> float:
-        """A scan may take long because there are many pairs, or because the server hangs: the last one tells."""
+        """Seconds. A scan that takes longer than twice the time of the last one is taken for a server that hangs."""
         scan = self.reader.last_scan
         return max(FRESH_FOR, 2 * scan.duration if scan else 0)
 
     def _read(self) -> Iterator[GaugeMetricFamily]:
         try:
             with self.reader.connection() as connection:
-                figures = list(self._figures(connection))
-            self._tell_up()
+                current = list(self._current_metrics(connection))
+            self._set_up()
         except psycopg.Error as error:
-            self._tell_down(str(error).strip())
-            figures = []
-        yield from self._told_first()
-        yield from figures
+            self._set_down(str(error).strip())
+            current = []
+        yield from self._exporter_metrics()
+        yield from current
         if self.is_up:
-            yield from self._scanned()
+            yield from self._scan_metrics()
 
-    def _tell_down(self, reason: str) -> None:
-        """Logs why, once for each reason and not at each scrape."""
-        if reason != self._why_down:
+    def _set_down(self, reason: str) -> None:
+        """Logs the reason when it changes, not at each scrape."""
+        if reason != self._down_reason:
             log.warning("level_sync_up 0: %s", reason)
-        self._why_down = reason
+        self._down_reason = reason
 
-    def _tell_up(self) -> None:
+    def _set_up(self) -> None:
         if not self.is_up:
             log.warning("level_sync_up 1")
-        self._why_down = None
+        self._down_reason = None
 
-    def _told_first(self) -> Iterator[GaugeMetricFamily]:
+    def _exporter_metrics(self) -> Iterator[GaugeMetricFamily]:
+        """What can be said without the database."""
         yield gauge("build_info", {(version("level-sync"),): 1}, "version")
         yield gauge("up", {(): self.is_up})
         yield gauge("collected_timestamp_seconds", {(): time.time()})
-        if self.scanning is not None:
-            yield gauge("scan_interval_seconds", {(): self.scanning.interval})
+        if self.scheduler is not None:
+            yield gauge("scan_interval_seconds", {(): self.scheduler.interval})
 
-    def _figures(self, connection: psycopg.Connection[Any]) -> Iterator[GaugeMetricFamily]:
-        if self.scanning is not None:
-            self.scanning.heed_run(queries.newest_end(connection))
+    def _current_metrics(self, connection: psycopg.Connection[Any]) -> Iterator[GaugeMetricFamily]:
+        """What is read anew for each scrape."""
+        if self.scheduler is not None:
+            self.scheduler.request_after_run(queries.last_run_ended_at(connection))
         yield gauge("schema_version", {(): queries.schema_version(connection)})
-        checks = self.reader.checks(list(queries.quick_health(connection)))
+        checks = self.reader.latest_checks(list(queries.quick_health(connection)))
         yield gauge("health_check_ok", {(check.name,): float(check.ok is True) for check in checks}, "check")
-        queue: dict[str, Any] = queries.queue_figures(connection)
+        queue: dict[str, Any] = queries.queue_summary(connection)
         yield gauge("queue_pairs", {(state,): queue[state] for state in ("waiting", "due", "dead")}, "state")
         yield gauge("queue_oldest_age_seconds", {(): queue["oldest_seconds"]})
         runs = {row["status"]: row["runs"] for row in queries.runs_by_status(connection)}
@@ -156,7 +159,8 @@ class LevelSyncCollector(Collector):
             yield gauge("last_run_duration_seconds", {(): last["duration_seconds"]})
         yield gauge("last_run_repairs", {(action,): last["repairs"].get(action, 0) for action in ACTIONS}, "action")
 
-    def _scanned(self) -> Iterator[GaugeMetricFamily]:
+    def _scan_metrics(self) -> Iterator[GaugeMetricFamily]:
+        """What the last scan found."""
         scan = self.reader.last_scan
         if scan is None:
             return
@@ -174,7 +178,7 @@ class LevelSyncCollector(Collector):
 
 
 def gauge(name: str, values: dict[tuple[str, ...], Any], *labels: str) -> GaugeMetricFamily:
-    """One of METRICS; values by the values of its labels."""
+    """One of METRICS; the keys of values are the values of its labels."""
     family = GaugeMetricFamily(f"level_sync_{name}", METRICS[name], labels=labels)
     for label_values, value in values.items():
         family.add_metric(label_values, float(value))
@@ -185,32 +189,32 @@ def serve(
     dsn: str, host: str, port: int, *, scan_interval: float, stop: threading.Event, is_ready: Callable[[], object]
 ) -> None:
     """Answers scrapes, and looks at every pair each scan_interval seconds, until stop is set. Raises OSError."""
-    scanning = Scanning(Reader(dsn), scan_interval)
-    collector = LevelSyncCollector(scanning.reader, scanning)
-    server, thread = start_http_server(port, host, registry_of(collector))
+    scheduler = ScanScheduler(Reader(dsn), scan_interval)
+    collector = LevelSyncCollector(scheduler.reader, scheduler)
+    server, thread = start_http_server(port, host, build_registry(collector))
     is_ready()
-    with scanning.at_work(collector.refresh):
+    with scheduler.running(collector.refresh):
         stop.wait()
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def once(dsn: str, textfile: Path | None = None) -> tuple[str, bool]:
+def collect_once(dsn: str, textfile: Path | None = None) -> tuple[str, bool]:
     """Every figure, a scan included, in Prometheus' text format, and whether the database answered.
 
     The textfile is replaced in one step, as node_exporter's textfile collector needs it. Raises OSError.
     """
     collector = LevelSyncCollector(Reader(dsn))
     collector.reader.scan()
-    registry = registry_of(collector)
+    registry = build_registry(collector)
     if textfile is None:
         return generate_latest(registry).decode(), collector.is_up
     write_to_textfile(str(textfile), registry)
     return "", collector.is_up
 
 
-def registry_of(collector: LevelSyncCollector) -> CollectorRegistry:
+def build_registry(collector: LevelSyncCollector) -> CollectorRegistry:
     """The collector alone, without the figures of this process."""
     registry = CollectorRegistry()
     registry.register(collector)

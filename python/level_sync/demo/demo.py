@@ -22,14 +22,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.syntax import Syntax
 from rich.table import Table
 
-from level_sync import install
 from level_sync.database import connect, queries
-from level_sync.servers import CRON_CONFIGURATION, EmbeddedServer, SystemServer, dsn_of, has_extension
+from level_sync.demo.servers import CRON_CONFIGURATION, EmbeddedServer, SystemServer, dsn_of, has_extension
+from level_sync.setup import install
 from level_sync.verify import exit_code, verify
 
 DATABASE = "academy"
 STUDENTS = 10_000
-CHUNK = 500
+BATCH_SIZE = 500
 
 story: Any = aiosql.from_path(Path(__file__).with_name("demo.sql"), "psycopg")
 
@@ -38,8 +38,8 @@ class DemoError(Exception):
     """The demo cannot start; the message says why and what to do."""
 
 
-class Stage:
-    """The one server of this user's demo, in one folder below the temporary directory."""
+class DemoServer:
+    """The one server of this user's demo, in a folder below the temporary directory."""
 
     def __init__(self) -> None:
         owner = os.getuid() if hasattr(os, "getuid") else "user"
@@ -47,21 +47,21 @@ class Stage:
 
     @property
     def server(self) -> SystemServer | EmbeddedServer:
-        """The server that stands there. Raises DemoError where there is none."""
+        """The server that an earlier demo has left running. Raises DemoError where there is none."""
         for directory in self.home.glob("*"):
             if self.home.is_symlink() or (hasattr(os, "getuid") and self.home.stat().st_uid != os.getuid()):
                 raise DemoError(f"{self.home} belongs to somebody else")
             return SystemServer(directory) if directory.name.startswith("system") else EmbeddedServer(directory)
         raise DemoError("no demo is running: start one with make demo or level-sync demo")
 
-    def build(self, kind: str) -> None:
-        """Starts a new server, in place of one that a demo before this left running."""
-        self.clear()
+    def start(self, kind: str) -> None:
+        """Starts a new server with an empty database. One that an earlier demo has left running is removed."""
+        self.stop()
         try:
             self.home.mkdir(mode=0o711)
         except FileExistsError as error:
             raise DemoError(f"{self.home} is in the way and not a demo's: move it, then run this again") from error
-        # A name of its own each time: the embedded package remembers the server it stopped by its folder.
+        # A new name each time: the embedded package remembers, by its folder, a server that this process has stopped.
         directory = self.home / f"{kind}_{time.time_ns()}"
         if kind == "system":
             server: SystemServer | EmbeddedServer = SystemServer(directory)
@@ -77,7 +77,7 @@ class Stage:
             with connect(self.dsn) as connection:
                 story.create_cron(connection)
 
-    def clear(self) -> bool:
+    def stop(self) -> bool:
         """Stops the server and removes its folder. False where there was none."""
         try:
             server = self.server
@@ -99,7 +99,7 @@ class Stage:
         return self.server.binaries / "psql"
 
 
-def refuse_unless_empty(dsn: str) -> None:
+def require_empty_database(dsn: str) -> None:
     """Raises DemoError where the database holds anything."""
     with connect(dsn) as connection:
         found: int = queries.count_relations(connection)
@@ -137,12 +137,12 @@ class Narrator:
 
     def _fill(self) -> None:
         self._title(f"An academy of {STUDENTS:,} students")
-        story.same_academy_each_time(self.connection)
+        story.seed_random(self.connection)
         columns = (TextColumn("enrolling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task("enrolling", total=STUDENTS)
-            for first in range(1, STUDENTS + 1, CHUNK):
-                last = min(first + CHUNK - 1, STUDENTS)
+            for first in range(1, STUDENTS + 1, BATCH_SIZE):
+                last = min(first + BATCH_SIZE - 1, STUDENTS)
                 story.add_students(self.connection, first_id=first, last_id=last)
                 story.enrol_students(self.connection, first_id=first, last_id=last)
                 progress.advance(task, last - first + 1)
@@ -176,12 +176,12 @@ class Narrator:
         self._run(story.promote_lin_too_far)
 
     def _tell_failure(self) -> None:
-        self._title("The license side fails: the write goes through, the pair is queued, the drain mends it")
+        self._title("The license side fails: the write goes through, the pair is queued, the drain carries it")
         self._run(story.break_the_license_side)
         self._run(story.lin_levels_up_meanwhile)
         self._run(story.lin_both_sides)
         self._run(story.queue)
-        self._run(story.mend_the_license_side)
+        self._run(story.repair_the_license_side)
         self._run(story.drain)
         self._run(story.queue)
         self._run(story.lin_both_sides)
@@ -219,7 +219,7 @@ class Narrator:
         self._run(story.schedule_as_usual)
 
     def _verify(self) -> None:
-        """What level-sync verify says, without what is well."""
+        """Shows the checks of level-sync verify that are not good."""
         checks = verify(self.dsn)
         self.console.print(f"[bold]level-sync verify[/bold]: {len(checks)} checks, exit code {exit_code(checks)}")
         for check in checks:

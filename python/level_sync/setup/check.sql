@@ -11,8 +11,7 @@ select current_setting('server_version_num')::integer as version_number,
        has_schema_privilege('public', 'public', 'create') as may_anybody_create,
        (select setting from pg_settings where name = 'cron.database_name') as cron_database,
        pg_has_role(current_user, 'pg_read_all_settings', 'usage') as may_read_settings,
-       current_database() as database,
-       current_setting('TimeZone') as time_zone
+       current_database() as database
 
 -- name: tables()
 select wanted.name,
@@ -109,8 +108,8 @@ select wanted.on_table, wanted.on_column, wanted.refers_to, wanted.name,
   left join pg_attribute as part
     on part.attrelid = to_regclass('public.' || wanted.on_table) and part.attname = wanted.on_column
 
--- name: unfilled_columns()
--- Columns that a row level_sync creates cannot fill: NOT NULL, without a default, and none it knows.
+-- name: columns_without_default()
+-- NOT NULL columns that level_sync cannot fill in a row that it creates.
 select pg_class.relname::text as on_table, pg_attribute.attname::text as name,
        format_type(pg_attribute.atttypid, pg_attribute.atttypmod) as type
   from pg_attribute
@@ -141,17 +140,19 @@ select distinct pg_constraint.confrelid::regclass::text as on_table, pg_constrai
  where pg_constraint.contype = 'f'
    and pg_constraint.confrelid in (to_regclass('public.specialization_progress'), to_regclass('public.user_licenses'))
 
--- name: duplicate_progress()^
+-- name: duplicates(on_table)^
+-- Of the two tables only this one is read.
 select count(*) as pairs, (array_agg(concat('user ', user_id, ' in ', specialization, ': ', copies, ' rows')))[1 : 5] as examples
-  from (select student_id as user_id, specialization_id as specialization, count(*) as copies
-          from public.specialization_progress
-         group by student_id, specialization_id having count(*) > 1) as duplicate
-
--- name: duplicate_licenses()^
-select count(*) as pairs, (array_agg(concat('user ', user_id, ' in ', specialization, ': ', copies, ' rows')))[1 : 5] as examples
-  from (select user_id, specialization_type as specialization, count(*) as copies
-          from public.user_licenses
-         group by user_id, specialization_type having count(*) > 1) as duplicate
+  from (
+    select student_id as user_id, specialization_id::text as specialization, count(*) as copies
+      from public.specialization_progress
+     where :on_table = 'specialization_progress'
+     group by student_id, specialization_id having count(*) > 1
+     union all
+    select user_id, specialization_type::text, count(*)
+      from public.user_licenses
+     where :on_table = 'user_licenses'
+     group by user_id, specialization_type having count(*) > 1) as duplicate
 
 -- name: orphans()
 select orphan.on_table, orphan.refers_to, count(*) as pairs,

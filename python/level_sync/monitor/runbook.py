@@ -1,4 +1,4 @@
-"""Which section of docker/RUNBOOK.md tells more of a check."""
+"""Which section of docker/RUNBOOK.md explains a check."""
 
 from __future__ import annotations
 

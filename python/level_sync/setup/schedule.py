@@ -29,7 +29,7 @@ def schedule(dsn: str, cron_expression: str | None = None) -> tuple[str, str]:
                 f"pg_cron is preloaded for database {access['cron_database']}, but its extension is not there: "
                 "run create extension pg_cron; in it, as a superuser"
             ) from error
-        queries.keep_schedule(connection, cron_expression=expression)
+        queries.save_schedule(connection, cron_expression=expression)
         return expression, access["cron_database"]
 
 

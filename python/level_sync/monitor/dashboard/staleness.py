@@ -1,19 +1,19 @@
-"""Whether what the last look at every pair has found may still be believed."""
+"""Whether the last scan is too old to be relied on."""
 
 from __future__ import annotations
 
 import time
 
-from level_sync.scan import Scanning
+from level_sync.monitor.scan import ScanScheduler
 from level_sync.verify import Check
 
-SLACK = 30  # seconds that a scan may be late
+TOLERANCE = 30  # seconds that a scan may be late
 
 
-def doubt_of(scanning: Scanning) -> Check | None:
-    """What keeps the last scan from being believed: there is none, or it is older than two intervals."""
-    scan, error = scanning.reader.last_scan, scanning.reader.scan_error
-    if scan is not None and time.time() - scan.at <= 2 * scanning.interval + SLACK:
+def staleness_check(scheduler: ScanScheduler) -> Check | None:
+    """A check `scan` where there is no scan, or the last one is older than two intervals; else None."""
+    scan, error = scheduler.reader.last_scan, scheduler.reader.scan_error
+    if scan is not None and time.time() - scan.at <= 2 * scheduler.interval + TOLERANCE:
         return None
     if scan is None and error is None:
         return Check(

@@ -3,7 +3,8 @@
 -- name: create_database()!
 create database academy;
 
--- name: same_academy_each_time()$
+-- name: seed_random()$
+-- So that each demo has the same academy.
 select setseed(0.5);
 
 -- name: add_students(first_id, last_id)!
@@ -99,7 +100,7 @@ update public.specialization_progress
 select user_id, specialization, side, change, sqlstate, message
   from level_sync.sync_queue;
 
--- name: mend_the_license_side()!
+-- name: repair_the_license_side()!
 alter table public.user_licenses
   drop constraint license_printer_is_out_of_order;
 

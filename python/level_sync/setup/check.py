@@ -20,15 +20,16 @@ from level_sync.database import connect
 READY, NEEDS_DECISIONS, CANNOT = 0, 1, 2
 VERDICTS = ["ok", "note", "migrate", "decide", "cannot"]
 
-OLDEST_VERSION = 140000
-NOT_VALID_ON_PARTITIONED = 180000  # from here on a partitioned table takes a foreign key that is not valid yet
+OLDEST_VERSION = 150000
+NOT_VALID_ON_PARTITIONED = 180000  # the first version in which a partitioned table takes a NOT VALID foreign key
 
-inspection: Any = aiosql.from_path(Path(__file__).with_name("check.sql"), "psycopg")
-
-PAIRS = {
+# The columns of the pair, in each of the two tables that are kept in step.
+PAIR_COLUMNS = {
     "specialization_progress": ("student_id", "specialization_id"),
     "user_licenses": ("user_id", "specialization_type"),
 }
+
+check_queries: Any = aiosql.from_path(Path(__file__).with_name("check.sql"), "psycopg")
 
 
 @dataclass(frozen=True)
@@ -55,38 +56,43 @@ def check(dsn: str) -> list[Finding]:
     with connect(dsn) as connection:
         connection.read_only = True
         with connection.transaction():
-            return list(_look(connection))
+            return list(_inspect(connection))
 
 
-def _look(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
-    server = inspection.server(connection)
-    tables = {row["name"]: row for row in inspection.tables(connection)}
-    columns = list(inspection.columns(connection))
-    yield from _judge_server(server, tables)
+def _inspect(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    server = check_queries.server(connection)
+    tables = {row["name"]: row for row in check_queries.tables(connection)}
+    columns = list(check_queries.columns(connection))
+    yield from _check_server(server)
+    yield from _check_rights(server, tables)
+    yield from _check_pg_cron(server)
     for table in tables.values():
-        yield from _judge_table(table, server)
-    yield from _judge_columns(columns, tables)
+        yield from _check_table(table, server)
+    yield from _check_columns(columns, tables)
 
-    # What is missing, or of a type that levels and users cannot be compared in: the rest can only be seen afterwards.
+    # Without the tables, or with keys that cannot be compared, their rows cannot be checked yet.
     are_keys_unfit = any(
         column["is_key"] and (not column["type"] or column["family"] == "integer" != column["actual_family"])
         for column in columns
     )
-    are_readable = all(tables[name]["is_there"] and tables[name]["is_table"] for name in ("users", *PAIRS))
+    are_readable = all(tables[name]["is_there"] and tables[name]["is_table"] for name in ("users", *PAIR_COLUMNS))
     if are_keys_unfit or not are_readable or not tables["specializations"]["is_there"]:
         return
-    yield from _judge_lengths(columns, inspection.longest_specialization(connection))
-    yield from _judge_duplicates(connection)
-    yield from _judge_foreign_keys(connection)
-    yield from _judge_data(connection)
-    yield from _judge_surroundings(connection)
+    yield from _check_lengths(columns, check_queries.longest_specialization(connection))
+    yield from _check_duplicates(connection)
+    yield from _check_foreign_keys(connection)
+    yield from _check_data(connection)
+    yield from _check_dependents(connection)
 
 
-def _judge_server(server: dict[str, Any], tables: dict[str, Any]) -> Iterator[Finding]:
+def _check_server(server: dict[str, Any]) -> Iterator[Finding]:
     if server["version_number"] < OLDEST_VERSION:
-        yield Finding("cannot", "server", f"PostgreSQL {server['version']} is too old", "Upgrade to 14 or newer.")
+        yield Finding("cannot", "server", f"PostgreSQL {server['version']} is too old", "Upgrade to 15 or newer.")
     else:
         yield Finding("ok", "server", f"PostgreSQL {server['version']}")
+
+
+def _check_rights(server: dict[str, Any], tables: dict[str, Any]) -> Iterator[Finding]:
     if not server["is_installed"] and not server["may_create_schema"]:
         yield Finding(
             "cannot",
@@ -109,6 +115,9 @@ def _judge_server(server: dict[str, Any], tables: dict[str, Any]) -> Iterator[Fi
             "search_path and with the rights of the owner of level_sync",
             "revoke create on schema public from public;",
         )
+
+
+def _check_pg_cron(server: dict[str, Any]) -> Iterator[Finding]:
     if server["cron_database"] is None and not server["may_read_settings"]:
         yield Finding(
             "note",
@@ -128,7 +137,7 @@ def _judge_server(server: dict[str, Any], tables: dict[str, Any]) -> Iterator[Fi
         yield Finding("ok", "pg_cron", f"preloaded, in database {server['cron_database']}")
 
 
-def _judge_table(table: dict[str, Any], server: dict[str, Any]) -> Iterator[Finding]:
+def _check_table(table: dict[str, Any], server: dict[str, Any]) -> Iterator[Finding]:
     name = table["name"]
     if not table["is_there"]:
         if table["other_schemas"]:
@@ -155,8 +164,13 @@ def _judge_table(table: dict[str, Any], server: dict[str, Any]) -> Iterator[Find
     else:
         rows = "never analyzed" if table["estimated_rows"] is None else f"about {table['estimated_rows']:,} rows"
         yield Finding("ok", name, f"{rows}, adopted as it is")
-    if name not in PAIRS:
-        return
+    if name in PAIR_COLUMNS:
+        yield from _check_synced_table(table, server)
+
+
+def _check_synced_table(table: dict[str, Any], server: dict[str, Any]) -> Iterator[Finding]:
+    """What matters of the two tables that get triggers and foreign keys."""
+    name = table["name"]
     for rule in table["rules"] or ():
         yield Finding(
             "cannot",
@@ -189,7 +203,7 @@ def _judge_table(table: dict[str, Any], server: dict[str, Any]) -> Iterator[Find
         yield Finding("note", name, "has row level security; the triggers run as its owner, who sees every row")
 
 
-def _judge_columns(columns: list[dict[str, Any]], tables: dict[str, Any]) -> Iterator[Finding]:
+def _check_columns(columns: list[dict[str, Any]], tables: dict[str, Any]) -> Iterator[Finding]:
     for column in columns:
         if not tables[column["on_table"]]["is_table"]:
             continue
@@ -221,7 +235,7 @@ def _judge_columns(columns: list[dict[str, Any]], tables: dict[str, Any]) -> Ite
             )
 
 
-def _judge_lengths(columns: list[dict[str, Any]], longest: int) -> Iterator[Finding]:
+def _check_lengths(columns: list[dict[str, Any]], longest: int) -> Iterator[Finding]:
     for column in columns:
         if column["max_length"] is not None and column["max_length"] < longest:
             yield Finding(
@@ -232,15 +246,14 @@ def _judge_lengths(columns: list[dict[str, Any]], longest: int) -> Iterator[Find
             )
 
 
-def _judge_duplicates(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
-    look = {"specialization_progress": inspection.duplicate_progress, "user_licenses": inspection.duplicate_licenses}
-    for row in inspection.unique_pairs(connection):
+def _check_duplicates(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    for row in check_queries.unique_pairs(connection):
         table = row["on_table"]
-        pair = ", ".join(PAIRS[table])
+        pair = ", ".join(PAIR_COLUMNS[table])
         if row["is_unique"]:
             yield Finding("ok", table, f"({pair}) is unique")
             continue
-        found = look[table](connection)
+        found = check_queries.duplicates(connection, on_table=table)
         if found["pairs"]:
             yield Finding(
                 "decide",
@@ -252,8 +265,8 @@ def _judge_duplicates(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
             yield Finding("migrate", table, f"({pair}) has no unique index; one is built, concurrently")
 
 
-def _judge_foreign_keys(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
-    for key in inspection.foreign_keys(connection):
+def _check_foreign_keys(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    for key in check_queries.foreign_keys(connection):
         where = f"{key['on_table']}.{key['on_column']}"
         if key["replaced"]:
             yield Finding("migrate", where, f"{key['name']} (RESTRICT) replaces {'; '.join(key['replaced'])}")
@@ -261,7 +274,7 @@ def _judge_foreign_keys(connection: psycopg.Connection[Any]) -> Iterator[Finding
             yield Finding("ok", where, f"{key['name']} is there")
         else:
             yield Finding("migrate", where, f"{key['name']} to {key['refers_to']} is added, ON DELETE RESTRICT")
-    for row in inspection.orphans(connection):
+    for row in check_queries.orphans(connection):
         yield Finding(
             "decide",
             row["on_table"],
@@ -270,8 +283,8 @@ def _judge_foreign_keys(connection: psycopg.Connection[Any]) -> Iterator[Finding
         )
 
 
-def _judge_data(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
-    for row in inspection.out_of_range_levels(connection):
+def _check_data(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    for row in check_queries.out_of_range_levels(connection):
         yield Finding(
             "note",
             row["on_table"],
@@ -279,7 +292,7 @@ def _judge_data(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
             "Correct them; until then a reconcile queues these pairs.",
         )
     counts: dict[str, int] = defaultdict(int)
-    for row in inspection.desyncs(connection):
+    for row in check_queries.desyncs(connection):
         counts[row["issue_type"]] = row["pairs"]
         yield Finding(
             "note",
@@ -288,7 +301,7 @@ def _judge_data(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
             "After migrate: level-sync reconcile --dry-run shows what would be done, level-sync reconcile does it.",
         )
     missing_of = {"specialization_progress": "missing_progress", "user_licenses": "missing_license"}
-    for column in inspection.unfilled_columns(connection):
+    for column in check_queries.columns_without_default(connection):
         table = column["on_table"]
         yield Finding(
             "decide",
@@ -299,10 +312,10 @@ def _judge_data(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
         )
 
 
-def _judge_surroundings(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
-    for row in inspection.triggers(connection):
+def _check_dependents(connection: psycopg.Connection[Any]) -> Iterator[Finding]:
+    for row in check_queries.triggers(connection):
         yield Finding(
             "note", row["on_table"], f"has a trigger of its own, {row['name']}, which fires for our writes too"
         )
-    for row in inspection.referring_tables(connection):
+    for row in check_queries.referring_tables(connection):
         yield Finding("note", row["on_table"], f"is referred to by {row['name']}")

@@ -1,0 +1,1 @@
+"""The demo, and the private PostgreSQL servers that it and the tests run on."""
