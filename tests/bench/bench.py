@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,8 +32,10 @@ from competitors import (
 from rich.console import Console
 from rich.table import Table
 
-from level_sync import install
-from level_sync.servers import EmbeddedServer, SystemServer, dsn_of
+from internals import PENDING_PAIRS
+from level_sync.demo.servers import EmbeddedServer, SystemServer, dsn_of
+from level_sync.setup import install
+from tree import SUPPORT
 
 Connection = psycopg.Connection[Any]
 console = Console()
@@ -63,7 +65,7 @@ XP = """
 update specialization_progress set total_xp = total_xp + 10
  where student_id = :pair and specialization_id = 'PLAYER';
 """
-BOTH_SIDES = (Path(__file__).parents[1] / "one_write_of_a_hot_pair.sql").read_text()
+BOTH_SIDES = (SUPPORT / "one_write_of_a_hot_pair.sql").read_text()
 # What is in step, found in one query as the planner likes it best.
 BARE_JOIN = """
 select count(*)
@@ -215,7 +217,7 @@ def fill(connection: Connection, pairs: int, level: int = 3) -> None:
 def tidy(connection: Connection) -> None:
     """So that no measurement pays for the one before it."""
     connection.execute("vacuum analyze specialization_progress, user_licenses, level_sync.sync_events")
-    connection.execute("vacuum analyze level_sync.sync_queue, level_sync.pending_pairs, level_sync.sync_plan")
+    connection.execute(f"vacuum analyze level_sync.sync_queue, {PENDING_PAIRS}, level_sync.sync_plan")
     connection.execute("checkpoint")
 
 
@@ -689,7 +691,7 @@ def main(
 
 
 def report(results: list[Result], version: str, output: Path) -> None:
-    table = Table(title=f"PostgreSQL {version}, {datetime.now(timezone.utc):%Y-%m-%d}", title_justify="left")
+    table = Table(title=f"PostgreSQL {version}, {datetime.now(UTC):%Y-%m-%d}", title_justify="left")
     for column in ("case", "ratio", "bar", "", "level_sync", "against", "limit"):
         table.add_column(column)
     for result in results:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from pathlib import Path
 
 import psycopg
 from sqlalchemy import BigInteger, DateTime, Integer, String, create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from tree import SUPPORT
 
 # The best that an application can do by itself, with prepared statements.
 APPLICATION_TRANSACTION = """
@@ -24,7 +25,7 @@ values (now(), :pair, 'PLAYER', 'progress_to_license', 'updated', :level, 'manua
 end;
 """
 
-NAIVE_TRIGGERS = (Path(__file__).parents[1] / "naive_triggers.sql").read_bytes()
+NAIVE_TRIGGERS = (SUPPORT / "naive_triggers.sql").read_bytes()
 
 
 def by_hand(what: str) -> tuple[str, ...]:
